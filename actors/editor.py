@@ -1,0 +1,134 @@
+"""The editor: holds a model, applies the edits of a stream one after another, and hands out snapshots.
+
+A plain class, made a Ray actor only by `start`: tests call it without a cluster. Every step is in the journal before
+anyone hears of it, so an editor that dies is replaced by one that takes the steps so far from the journal and goes on:
+no edit is repeated, none is lost.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor
+
+from actors.machine import describe, settle
+from raysys import names
+from raysys.journal import Entry, Journal, Stream, make_snapshot
+from raysys.model import Model
+from raysys.patch import Wearer, merge
+from raysys.snapshot import Snapshot
+from raysys.types import Edit, EditRefused, EditRequest, Patch
+
+
+@dataclass(frozen=True)
+class Job:
+    """One cell's stream, as the study orders it."""
+
+    cell: str
+    method: str
+    settings: Mapping[str, Any]
+    requests: tuple[EditRequest, ...]
+    journal: str  # folder
+    cache: str | None  # folder of artifacts
+    seed: int
+    on_refusal: str  # "stop" or "skip"
+
+
+class Editor:
+    """Edits one base model, stream after stream."""
+
+    def __init__(self, model: str, dtype: str, device: str, threads: int) -> None:
+        settle(threads)
+        self.threads = threads
+        self.model = Model.load(model, dtype, device)
+        self.wearer = Wearer(self.model)
+
+    def __repr__(self) -> str:
+        return f"Editor({self.model.name})"
+
+    def open(self, job: Job) -> Stream:
+        """Begin (or take up again) a stream; the model is the base again. Returns what identifies the stream.
+
+        Raises ValueError when the method's settings or artifacts don't fit the model.
+        """
+        settle(self.threads)
+        self.wearer.take_off()
+        method = names.build(names.method(job.method), job.settings, f"method {job.method}")
+        cache = Path(job.cache) if job.cache else None
+        self.batch: int = method.batch
+        self.method = method.prepare(self.model, cache)
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        self.stream = Stream(self.model.digest, dtype, self.method.identity(), job.requests, job.seed, self.threads)
+        self.job, self.done = job, 0
+        self.journal = Journal(Path(job.journal), self.stream)
+        self.recorded: Iterator[Entry] | None = self.journal.entries()
+        self.patches: tuple[Patch, ...] = ()
+        self.memory: Mapping[str, Tensor] | None = None
+        return self.stream
+
+    def advance(self, edits: int) -> Snapshot:
+        """The snapshot after `edits` requests of the stream: steps on record are taken from there, others are made.
+
+        Raises ValueError when the method refuses a request and the study says to stop then.
+        """
+        settle(self.threads)
+        while self.done < edits:
+            entry = next(self.recorded, None) if self.recorded is not None else None
+            if entry is None:
+                self.recorded = None  # from here on nothing is on record
+                entry = self._step(min(self.done + self.batch, len(self.stream.requests)))
+                self.journal.append(entry)
+            self.patches = merge(self.patches, entry.patches)
+            if entry.memory:
+                self.memory = entry.memory
+            self.done = entry.last
+        if self.done != edits:
+            raise ValueError(
+                f"no snapshot after {edits} edits: {self.job.method} makes {self.batch} at a time; choose snapshots "
+                f"that are multiples of {self.batch}"
+            )
+        return make_snapshot(self.stream, edits, self.patches)
+
+    def publish(self, edits: int) -> tuple[int, Snapshot]:
+        """`advance`, as two returned values: the driver fetches the number, evaluators the snapshot."""
+        return edits, self.advance(edits)
+
+    def _step(self, last: int) -> Entry:
+        self.wearer.wear(self.patches)
+        requests = self.stream.requests[self.done : last]
+        started, refused, edit = time.time(), "", Edit(())
+        torch.manual_seed(self.stream.seed * 1_000_003 + self.done)
+        try:
+            made = self.method.edit(self.model, requests, self.memory)
+            _finite(made.patches, requests)
+            edit = made
+        except EditRefused as error:
+            if self.job.on_refusal == "stop":
+                raise ValueError(f'{self.job.cell}: {error} (on_refusal = "skip" goes on without it)') from error
+            refused = str(error)
+        return Entry(
+            self.done, last, edit.patches, edit.memory or {}, requests, started, time.time(), refused, edit.log
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """The machine this runs on and the digest of the base model."""
+        return describe() | {"digest": self.model.digest}
+
+
+def _finite(patches: tuple[Patch, ...], requests: tuple[EditRequest, ...]) -> None:
+    for patch in patches:
+        if not all(t.isfinite().all() for t in patch.tensors().values() if t.is_floating_point()):
+            raise EditRefused(f"edit {requests[0].id!r}: the update holds NaN or infinite numbers; it was not applied")
+
+
+def start(name: str, model: str, dtype: str, device: str, threads: int, gpus: float) -> Any:
+    """An editor as a Ray actor. It is never restarted by Ray: the study starts a new one, which reads the journal."""
+    options: Any = {"name": name, "num_cpus": threads, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
+    env = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
+    return ray.remote(Editor).options(**options, runtime_env=env).remote(model, dtype, device, threads)

@@ -1,0 +1,136 @@
+"""The evaluator: one model on its own processor, answering blocks of queries as any snapshot.
+
+A plain class, made a Ray actor only by `start`: tests call it without a cluster. It keeps the base model for the whole
+study; putting on the next snapshot touches only the edited weights.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from actors.machine import describe, hardware, settle
+from raysys import names
+from raysys.blocks import Block
+from raysys.model import Model
+from raysys.patch import Wearer
+from raysys.scoring import Engine
+from raysys.snapshot import Snapshot
+from raysys.types import Answer, Chosen
+
+KEEP = 64  # blocks kept in parsed form
+
+
+@dataclass(frozen=True)
+class Task:
+    """One unit of work as it travels: which snapshot, which block, and how to score it."""
+
+    unit: str
+    snapshot: str
+    values: list[Any]  # [reference of the Snapshot]; in a list, so that it is fetched only when it is not yet worn
+    table: list[Any]  # [reference of the Arrow table that holds the block]
+    row: int
+    benchmark: str  # title
+    name: str  # of the benchmark
+    settings: Mapping[str, Any]
+
+
+class Evaluator:
+    """Scores blocks as snapshots of one base model."""
+
+    def __init__(self, name: str, model: str, dtype: str, device: str, threads: int) -> None:
+        settle(threads)
+        self.name, self.threads = name, threads
+        self.model = Model.load(model, dtype, device)
+        self.engine = Engine(self.model)
+        self.wearer = Wearer(self.model)
+        self.wearing: str | None = None
+        self._blocks: dict[tuple[Any, int], Block] = {}
+        self._benchmarks: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        return f"Evaluator({self.name})"
+
+    def describe(self) -> dict[str, Any]:
+        """The machine this runs on and the digest of the base model; also the sign of life after a start."""
+        return describe() | {"digest": self.model.digest}
+
+    def score(self, task: Task) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """(unit, scores) as raysys/results.py stores them. Raises ValueError for a snapshot of another model."""
+        settle(self.threads)
+        started = time.time()
+        if task.snapshot != self.wearing:
+            self.put_on(ray.get(task.values[0]))
+        switched = time.time()
+        block = self._block(task)
+        answers = self.engine.answer(block)
+        scores = self._score(task, block, answers)
+        ended = time.time()
+        unit = {
+            "unit": task.unit,
+            "snapshot": task.snapshot,
+            "block": block.id,
+            "benchmark": task.benchmark,
+            "items": len(block.items),
+            "tokens": block.tokens,
+            "seconds": ended - started,
+            "switch_seconds": switched - started,
+            "started": started,
+            "ended": ended,
+            "evaluator": self.name,
+            "hardware": hardware(),
+        }
+        return unit, scores
+
+    def put_on(self, snapshot: Snapshot) -> None:
+        """Wear `snapshot` in place of what is worn now."""
+        if snapshot.base != self.model.digest:
+            raise ValueError(
+                f"snapshot {snapshot.id} was made from another model than {self.model.name} on this machine "
+                f"(digests {snapshot.base[:12]} and {self.model.digest[:12]}); are all machines given the same files?"
+            )
+        snapshot.verify()
+        self.wearing = None  # should wearing fail half-way
+        self.engine.forget()
+        self.wearer.wear(snapshot.patches)
+        self.wearing = snapshot.id
+
+    def _block(self, task: Task) -> Block:
+        key = (task.table[0], task.row)
+        if key not in self._blocks:
+            while len(self._blocks) >= KEEP:
+                del self._blocks[next(iter(self._blocks))]
+            self._blocks[key] = Block.loads(ray.get(task.table[0])["block"][task.row].as_py())
+        return self._blocks[key]
+
+    def _score(self, task: Task, block: Block, answers: list[Answer]) -> list[dict[str, Any]]:
+        if task.benchmark not in self._benchmarks:
+            self._benchmarks[task.benchmark] = names.build(names.benchmark(task.name), task.settings, task.benchmark)
+        benchmark = self._benchmarks[task.benchmark]
+        rows = []
+        for item, answer in zip(block.items, answers, strict=True):
+            text = json.dumps(answer_tree(answer))
+            for score in benchmark.score(item.query, answer):
+                row = {"query": score.query, "group": score.group, "metric": score.metric, "value": score.value}
+                rows.append(row | {"edit": item.query.edit, "answer": text})
+        return rows
+
+
+def answer_tree(answer: Answer) -> dict[str, Any]:
+    """An answer as plain data, for the results."""
+    if isinstance(answer, Chosen):
+        columns = ("logprob", "tokens", "right")
+        return {"chosen": answer.best} | {c: [getattr(s, c) for s in answer.choices] for c in columns}
+    return {"text": answer.text, "tokens": answer.tokens}
+
+
+def start(name: str, model: str, dtype: str, device: str, threads: int, gpus: float) -> Any:
+    """An evaluator as a Ray actor. It is never restarted by Ray: the pool replaces it."""
+    options: Any = {"name": name, "num_cpus": threads, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
+    env = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
+    return ray.remote(Evaluator).options(**options, runtime_env=env).remote(name, model, dtype, device, threads)

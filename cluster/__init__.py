@@ -1,0 +1,1 @@
+"""What runs where: placement arithmetic, cluster files, jobs."""

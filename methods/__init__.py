@@ -1,0 +1,1 @@
+"""One file per editing method; torch only, never Ray."""

@@ -1,0 +1,206 @@
+"""What is costly and depends on the unedited model alone: second moments of keys, and sampled contexts.
+
+Each is computed once and kept in a cache folder under a name that hashes everything it was made from, so that it can't
+be reused for another model, corpus or setting; what a file says of itself is checked when it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from raysys.corpora import Corpus
+from raysys.model import Model
+
+FORMAT = "1"  # changes when the same inputs give other numbers
+SEEDS = ("The", "Therefore", "Because", "I", "You")  # what the sampled contexts begin with
+TOP_K = 5
+TOKENS = 4096  # padded tokens of one forward pass
+
+
+@dataclass(frozen=True)
+class Moment:
+    """`matrix` (d_in, d_in) float64: C = Σ k kᵀ / count over the inputs k of a module at every token but padding."""
+
+    matrix: Tensor
+    count: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Texts with one "{}" that an edit should survive; the first is the bare "{}"."""
+
+    texts: tuple[str, ...]
+    digest: str
+
+
+def folder(cache: Path | str | None = None) -> Path:
+    """The cache folder: `cache`, else $RAYSYS_CACHE, else ~/.cache/raysys."""
+    return Path(cache or os.environ.get("RAYSYS_CACHE") or Path.home() / ".cache" / "raysys").expanduser()
+
+
+def second_moment(model: Model, module: str, corpus: Corpus, cache: Path | None = None) -> Moment:
+    """The uncentred second moment of what enters `module` while the unedited model reads `corpus`.
+
+    Texts are cut to the model's context. Raises ValueError for a corpus that can't be read or a wrong file.
+    """
+    recipe = {"module": module, "corpus": corpus.digest}
+    kept = _kept(model, "second_moment", recipe, cache)
+    if kept is None:
+        total, count = _sum(model, module, corpus.texts())
+        kept = _keep(model, "second_moment", recipe, {"sum": total, "count": torch.tensor(count)}, cache)
+    count = int(kept.tensors["count"])
+    return Moment(kept.tensors["sum"] / count, count, kept.digest)
+
+
+def _sum(model: Model, module: str, texts: Iterable[str]) -> tuple[Tensor, int]:
+    """Σ k kᵀ (d_in, d_in) float64 (each batch summed in float32) and how many keys there were."""
+    rows = [model.encode(t)[: model.max_length] for t in texts]
+    rows = sorted((r for r in rows if r), key=len)
+    if not rows:
+        raise ValueError(f"second moment of {module}: the corpus has no text; give one with documents")
+    total: Tensor | None = None
+    count = 0
+    for batch in _packed(rows):
+        ids, mask = model.batch(batch)
+        with torch.no_grad():
+            keys = model.through(module, ids, mask)[0][mask.bool()].float()  # (tokens, d_in)
+        part = (keys.T @ keys).double()
+        total = part if total is None else total + part
+        count += len(keys)
+    assert total is not None
+    return total.cpu(), count
+
+
+def _packed(rows: Sequence[list[int]]) -> Iterator[list[list[int]]]:
+    """Rows in ascending length, cut into batches of at most TOKENS padded tokens."""
+    batch: list[list[int]] = []
+    for row in rows:
+        if batch and len(row) * (len(batch) + 1) > TOKENS:
+            yield batch
+            batch = []
+        batch.append(row)
+    yield batch
+
+
+def contexts(model: Model, lengths: Sequence[tuple[int, int]], seed: int = 0, cache: Path | None = None) -> Contexts:
+    """The bare "{}" and, for each (length, number) of `lengths`, `number` texts that the model itself goes on to write.
+
+    A text is `length` tokens long, special tokens included, begins with one of SEEDS in turn and is sampled among the
+    TOP_K likeliest next tokens with `seed`; then comes ". {}". Raises ValueError when a length leaves no room.
+    """
+    recipe = {"lengths": [list(pair) for pair in lengths], "seed": seed, "seeds": SEEDS, "top_k": TOP_K}
+    kept = _kept(model, "contexts", recipe, cache)
+    if kept is None:
+        generator = torch.Generator().manual_seed(seed)
+        texts = ["{}"]
+        for length, number in lengths:
+            for begin, many in zip(SEEDS, _shares(number, len(SEEDS)), strict=True):
+                texts += [f"{t}. {{}}" for t in _sampled(model, begin, length, many, generator)]
+        data = torch.frombuffer(bytearray(json.dumps(texts).encode()), dtype=torch.uint8)
+        kept = _keep(model, "contexts", recipe, {"texts": data}, cache)
+    return Contexts(tuple(json.loads(bytes(kept.tensors["texts"].tolist()))), kept.digest)
+
+
+def _shares(number: int, parts: int) -> list[int]:
+    return [number // parts + (i < number % parts) for i in range(parts)]
+
+
+@torch.no_grad()
+def _sampled(model: Model, begin: str, length: int, many: int, generator: torch.Generator) -> list[str]:
+    ids = torch.tensor([model.encode(begin)] * many, dtype=torch.long, device=model.device)
+    if many and length > model.max_length:
+        raise ValueError(f"contexts of {length} tokens: the model reads at most {model.max_length}")
+    while many and ids.shape[1] < length:
+        hidden, _ = model.hidden(ids, use_cache=False)
+        best, which = model.logits(hidden[:, -1]).float().cpu().topk(TOP_K)  # (many, TOP_K) each
+        drawn = torch.multinomial(best.softmax(-1), 1, generator=generator)
+        ids = torch.cat([ids, which.gather(1, drawn).to(ids.device)], 1)
+    return [_clean(model.decode(row)) for row in ids]
+
+
+def _clean(text: str) -> str:
+    text = unicodedata.normalize("NFKD", text).replace("\n\n", " ")
+    return text.replace("{", "").replace("}", "")
+
+
+# --- the store -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Kept:
+    tensors: dict[str, Tensor]
+    digest: str
+
+
+def _origin(model: Model, kind: str, recipe: Mapping[str, Any]) -> str:
+    """Everything an artifact was made from, as JSON."""
+    return json.dumps({"format": FORMAT, "kind": kind, "model": model.digest, **recipe}, sort_keys=True)
+
+
+def _path(origin: str, kind: str, cache: Path | None) -> Path:
+    return folder(cache) / kind / f"{hashlib.sha256(origin.encode()).hexdigest()[:24]}.safetensors"
+
+
+def _kept(model: Model, kind: str, recipe: Mapping[str, Any], cache: Path | None) -> _Kept | None:
+    """The artifact if the cache has it. Raises ValueError when the file there is another one or damaged."""
+    origin = _origin(model, kind, recipe)
+    path = _path(origin, kind, cache)
+    if not path.is_file():
+        return None
+    way_out = "delete it and it will be computed again"
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            said = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"artifact {path} can't be read ({error}); {way_out}") from error
+    if said.get("origin") != origin:
+        raise ValueError(f"artifact {path} was made from something else ({said.get('origin')}); {way_out}")
+    digest = _content(tensors)
+    if said.get("digest") != digest:
+        raise ValueError(f"artifact {path} was changed after it was written; {way_out}")
+    return _Kept(tensors, digest)
+
+
+def _keep(model: Model, kind: str, recipe: Mapping[str, Any], tensors: dict[str, Tensor], cache: Path | None) -> _Kept:
+    """Write the artifact, whole or not at all; when two processes do so, one of them wins and both are right."""
+    origin = _origin(model, kind, recipe)
+    path = _path(origin, kind, cache)
+    digest = _content(tensors)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(suffix=".partial", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, {"origin": origin, "digest": digest})
+            os.link(temporary, path)  # the first to finish wins
+        except FileExistsError:
+            return _kept(model, kind, recipe, cache) or _Kept(tensors, digest)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"artifact {path} can't be written ({error}); set RAYSYS_CACHE to another folder") from error
+    return _Kept(tensors, digest)
+
+
+def _content(tensors: Mapping[str, Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()

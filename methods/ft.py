@@ -1,0 +1,170 @@
+"""Fine-tuning of a few MLP output matrices on one fact: the baselines FT-L and FT-M.
+
+FT-L: Zhu et al., "Modifying Memories in Transformer Models", 2020, arXiv:2012.00363 (weights stay in an L∞ ball), with
+the objective of Meng et al., arXiv:2202.05262: every target token is scored by the prompt's last position.
+FT-M: Zhang et al., "A Comprehensive Study of Knowledge Editing for Large Language Models", 2024, arXiv:2401.01286:
+the cross-entropy of the target tokens, each behind those before it.
+Where a setting is None, methods/presets.py has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from methods import locate, presets
+from methods.rome import identity, resolved
+from raysys.model import Model, Trunk
+from raysys.patch import Dense
+from raysys.types import Edit, EditRefused, EditRequest
+
+STOP = 0.01  # nats: below it an edit is done
+
+Loss = Callable[[Tensor, Sequence[locate.Row]], Tensor]  # hidden (B, T, d), rows -> mean nats
+
+
+@dataclass(frozen=True, kw_only=True)
+class FtL:
+    """Adam on the weights of `layers`, all target tokens scored at the prompt's end, weights clamped to a ball."""
+
+    layers: tuple[int, ...] | None = None
+    steps: int | None = None
+    lr: float | None = None
+    norm_constraint: float | None = None  # how far any weight may move in one edit; 0: anywhere
+    bias: bool = False  # also train the matrices' biases
+    batch_size: int = 1  # requests of one call of `edit`
+
+    name: ClassVar[str] = "ft_l"
+    version: ClassVar[str] = "1"
+
+    @property
+    def batch(self) -> int:
+        """Requests of one call of `edit`."""
+        return self.batch_size
+
+    def prepare(self, model: Model, cache: Path | None = None) -> FtL:
+        """These settings with nothing left open; there is nothing to collect."""
+        settings: FtL = resolved(self, presets.ft(model))
+        return settings
+
+    def identity(self) -> dict[str, Any]:
+        """Name, version and settings."""
+        return identity(self, {})
+
+    def edit(self, model: Model, requests: Sequence[EditRequest], memory: Mapping[str, Tensor] | None = None) -> Edit:
+        """The change to each trained weight. Raises EditRefused with the reason when a request can't be served."""
+        s = self.prepare(model)
+        return _tune(model, requests, s, s.norm_constraint or 0.0, lambda h, rows: _prompt_last(model, h, rows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FtM:
+    """Adam on the weights of `layers` with the cross-entropy of the target tokens."""
+
+    layers: tuple[int, ...] | None = None
+    steps: int | None = None
+    lr: float | None = None
+    norm_constraint: float = 0.0  # how far any weight may move in one edit; 0: anywhere
+    bias: bool = False  # also train the matrices' biases
+    batch_size: int = 1  # requests of one call of `edit`
+
+    name: ClassVar[str] = "ft_m"
+    version: ClassVar[str] = "1"
+
+    @property
+    def batch(self) -> int:
+        """Requests of one call of `edit`."""
+        return self.batch_size
+
+    def prepare(self, model: Model, cache: Path | None = None) -> FtM:
+        """These settings with nothing left open; there is nothing to collect."""
+        settings: FtM = resolved(self, presets.ft(model))
+        return settings
+
+    def identity(self) -> dict[str, Any]:
+        """Name, version and settings."""
+        return identity(self, {})
+
+    def edit(self, model: Model, requests: Sequence[EditRequest], memory: Mapping[str, Tensor] | None = None) -> Edit:
+        """The change to each trained weight. Raises EditRefused with the reason when a request can't be served."""
+        s = self.prepare(model)
+        return _tune(model, requests, s, s.norm_constraint, lambda h, rows: _target(model, h, rows))
+
+
+def _prompt_last(model: Model, hidden: Tensor, rows: Sequence[locate.Row]) -> Tensor:
+    here = torch.arange(len(rows), device=hidden.device)
+    last = torch.tensor([r.first - 1 for r in rows], device=hidden.device)
+    logprobs = model.logits(hidden[here, last]).float().log_softmax(-1)  # (B, V)
+    return torch.stack([-logprobs[i, list(r.labels)].mean() for i, r in enumerate(rows)]).mean()
+
+
+def _target(model: Model, hidden: Tensor, rows: Sequence[locate.Row]) -> Tensor:
+    where = [(i, r.first - 1 + j) for i, r in enumerate(rows) for j in range(len(r.labels))]
+    row, column = (torch.tensor(c, device=hidden.device) for c in zip(*where, strict=True))
+    labels = torch.tensor([x for r in rows for x in r.labels], device=hidden.device)
+    return torch.nn.functional.cross_entropy(model.logits(hidden[row, column]).float(), labels)
+
+
+def _tune(model: Model, requests: Sequence[EditRequest], s: FtL | FtM, ball: float, loss_of: Loss) -> Edit:
+    """Train, note the difference, put the weights back bit for bit."""
+    assert s.layers is not None and s.steps is not None and s.lr is not None
+    rows = [locate.row(model, q, target=True) for q in requests]
+    names = [f"{model.mlp_out(i)}.{kind}" for i in s.layers for kind in ("weight", *(("bias",) if s.bias else ()))]
+    weights = [model.parameter(n) for n in names]
+    found = [w.detach().clone() for w in weights]
+    master = [w.detach().float().clone() for w in weights]  # float32 whatever the model's type
+    start = [m.clone() for m in master]
+    adam = torch.optim.Adam(master, lr=s.lr)
+    with torch.no_grad():
+        trunk = model.trunk(*model.batch([r.ids for r in rows]), layer=min(s.layers))
+    losses: list[float] = []
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        for step in range(s.steps):
+            loss, grads = _step(model, trunk, rows, weights, loss_of)
+            losses.append(float(loss))
+            if not torch.isfinite(loss):
+                raise EditRefused(f"edit {requests[0].id!r}: the loss of step {step} is not finite: a broken model")
+            if losses[-1] < STOP:
+                break
+            for wide, grad in zip(master, grads, strict=True):
+                wide.grad = grad.float()
+            adam.step()
+            with torch.no_grad():
+                for wide, weight, origin in zip(master, weights, start, strict=True):
+                    if ball:
+                        wide.copy_(torch.clamp(wide, origin - ball, origin + ball))
+                    weight.copy_(wide)
+    finally:
+        with torch.no_grad():
+            for weight, was in zip(weights, found, strict=True):
+                weight.requires_grad_(False)
+                weight.copy_(was)
+    patches = []
+    for name, wide, origin in zip(names, master, start, strict=True):
+        delta = (wide - origin).detach()
+        patches.append(Dense(name, _as_matrix(model, name, delta).contiguous().cpu()))
+    norm = sum(float(p.delta.norm()) ** 2 for p in patches) ** 0.5
+    return Edit(tuple(patches), log={"steps": len(losses), "loss_before": losses[0], "loss": losses[-1], "norm": norm})
+
+
+def _step(
+    model: Model, trunk: Trunk, rows: Sequence[locate.Row], weights: Sequence[Tensor], loss_of: Loss
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The loss of one forward pass above the lowest trained layer, and its gradients."""
+    with torch.enable_grad():
+        loss = loss_of(model.upper(trunk), rows)
+        return loss.detach(), torch.autograd.grad(loss, list(weights))
+
+
+def _as_matrix(model: Model, name: str, stored: Tensor) -> Tensor:
+    """`stored`, in the parameter's own layout, as (d_out, d_in)."""
+    if stored.ndim == 1:
+        return stored[:, None]
+    return stored.T if model.transposed(name) else stored

@@ -1,0 +1,162 @@
+"""ROME: write one fact as a rank-one change to one MLP output matrix.
+
+Meng, Bau, Andonian, Belinkov, "Locating and Editing Factual Associations in GPT", NeurIPS 2022, arXiv:2202.05262:
+eq. 2 (the update), eq. 3 (the key, averaged over sampled contexts), eq. 4 (the search for the value).
+Where a setting is None, methods/presets.py has it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from methods import artifacts, locate, presets
+from raysys.corpora import Corpus
+from raysys.model import Model
+from raysys.patch import LowRank
+from raysys.types import Edit, EditRefused, EditRequest
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+S = TypeVar("S", bound="DataclassInstance")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rome:
+    """Insert (key, value) into a linear memory W so that W' k = v, moving other keys least: u = C⁻¹ k̄,
+
+    W' = W + (v - W k) uᵀ / (uᵀ k), with k̄ the key averaged over contexts, k that of the bare prompt and C the second
+    moment of keys.
+    """
+
+    layer: int | None = None
+    steps: int | None = None  # passes of the search for v; Adam takes one step fewer
+    lr: float = 0.5
+    weight_decay: float | None = None  # pulls v towards today's output
+    clamp: float = 4.0  # |v - now| is at most this many times |now|
+    kl: float = 0.0625  # weight of "<subject> is a" staying as it was
+    contexts: tuple[tuple[int, int], ...] = ((5, 10), (10, 10))  # (tokens, number) of sampled texts before the prompt
+    seed: int = 0  # of the contexts
+    second_moment: bool = True  # False: u = k̄, as in the study's published code
+    corpus: str | None = None  # what C is taken from: "world", a text file or a hub data set
+    documents: int | None = None  # how much of it
+    ridge: float = 1e-4  # added to C's diagonal, as a share of its mean: keeps few documents from making C singular
+
+    name: ClassVar[str] = "rome"
+    version: ClassVar[str] = "1"
+
+    @property
+    def batch(self) -> int:
+        """One request at a time."""
+        return 1
+
+    def prepare(self, model: Model, cache: Path | None = None) -> PreparedRome:
+        """Sample contexts and collect C on the unedited model, or take them from `cache`. Raises ValueError."""
+        settings: Rome = resolved(self, presets.rome(model))
+        assert settings.layer is not None and settings.corpus is not None and settings.documents is not None
+        module = model.mlp_out(settings.layer)
+        sampled = artifacts.contexts(model, settings.contexts, settings.seed, cache)
+        moment = None
+        if settings.second_moment:
+            corpus = Corpus(settings.corpus, settings.documents)
+            moment = artifacts.second_moment(model, module, corpus, cache)
+        return PreparedRome(settings=settings, contexts=sampled, moment=moment)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreparedRome:
+    """ROME with what it needs of one model: `settings` without None, sampled `contexts`, the `moment` C (or None)."""
+
+    settings: Rome
+    contexts: artifacts.Contexts
+    moment: artifacts.Moment | None
+
+    @cached_property
+    def _factor(self) -> Tensor | None:  # (d_in, d_in) float64, once for all edits
+        return None if self.moment is None else cholesky(self.moment.matrix, self.settings.ridge)
+
+    def identity(self) -> dict[str, Any]:
+        """Name, version, settings and artifact hashes: what an edit depends on beside model and request."""
+        made_from = {"contexts": self.contexts.digest}
+        if self.moment is not None:
+            made_from["second_moment"] = self.moment.digest
+        return identity(self.settings, made_from)
+
+    def edit(self, model: Model, requests: Sequence[EditRequest], memory: Mapping[str, Tensor] | None = None) -> Edit:
+        """The rank-one change for exactly one request. Raises EditRefused with the reason when there is none."""
+        if len(requests) != 1:
+            raise EditRefused(f"rome writes one edit at a time, got {len(requests)}")
+        s, request = self.settings, requests[0]
+        assert s.layer is not None and s.steps is not None and s.weight_decay is not None
+        module = model.mlp_out(s.layer)
+        rows = [locate.row(model, request, context) for context in self.contexts.texts]
+        reading = locate.read(model, module, rows)
+        key = reading.inputs[0]  # (d_in,) of the bare prompt
+        search = locate.Search(steps=s.steps, lr=s.lr, weight_decay=s.weight_decay, clamp=s.clamp, kl=s.kl)
+        [value] = locate.values(model, requests, self.contexts.texts, s.layer, search, "mlp")
+
+        u = self._direction(reading.inputs.mean(0))  # (d_in,)
+        reach = float(u.double() @ key.double())  # |k| times the cosine between u and k
+        if not abs(reach) > 1e-6 * float(key.norm()):
+            raise EditRefused(
+                f"edit {request.id!r}: the update direction is orthogonal to the subject's key (u·k = {reach:.1e}) at "
+                f"{module}, and the edit would explode; try another layer, or a second moment from more documents"
+            )
+        left = (value.wanted - reading.outputs[0]) / reach  # (d_out,)
+        change = LowRank(f"{module}.weight", left[:, None].cpu(), u[None, :].cpu())
+        return Edit((change,), log=_log(value, reach, float(left.norm())))
+
+    def _direction(self, mean_key: Tensor) -> Tensor:
+        """u = C⁻¹ k̄, or k̄ without C, at length one: (d_in,) float32."""
+        u = mean_key.double()
+        if self._factor is not None:
+            u = torch.cholesky_solve(u[:, None].to(self._factor.device), self._factor)[:, 0].to(mean_key.device)
+        return torch.nn.functional.normalize(u, dim=0).float()
+
+
+def _log(value: locate.Value, reach: float, norm: float) -> dict[str, Any]:
+    first, last = value.losses[0].tolist(), value.losses[-1].tolist()
+    return {
+        "passes": len(value.losses),
+        "loss_before": first[0],
+        "loss": last[0],
+        "nll": last[1],
+        "value_shift": float(value.offset.norm() / value.now.norm()),
+        "reach": reach,
+        "norm": norm,  # of the change (Frobenius; u has length one)
+    }
+
+
+def cholesky(matrix: Tensor, ridge: float) -> Tensor:
+    """Lower factor (d, d) float64 of C + ridge · mean(diag C) · I. Raises ValueError when that is singular."""
+    wide = matrix.double()
+    wide = wide + ridge * wide.diagonal().mean() * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+    factor: Tensor
+    factor, info = torch.linalg.cholesky_ex(wide)
+    if int(info):
+        raise ValueError(
+            f"the second moment ({len(wide)} x {len(wide)}) is singular: it was taken from too little text; raise "
+            "`documents` or `ridge`"
+        )
+    return factor
+
+
+def resolved(settings: S, preset: Mapping[str, Any]) -> S:
+    """`settings` with every None that `preset` knows filled in."""
+    missing = {f.name for f in dataclasses.fields(settings) if getattr(settings, f.name) is None}
+    filled: S = dataclasses.replace(settings, **{k: v for k, v in preset.items() if k in missing})
+    return filled
+
+
+def identity(settings: Any, made_from: Mapping[str, str]) -> dict[str, Any]:
+    """A prepared method's identity as JSON: name, version, settings, artifact hashes."""
+    fields = dataclasses.asdict(settings)
+    return {"name": settings.name, "version": settings.version, "settings": fields, "artifacts": dict(made_from)}

@@ -1,0 +1,6 @@
+"""`python -m raysys` is `raysys`."""
+
+from raysys.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Single edits, each on the untouched model: does a method do what it says? The figures behind a method's presets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+
+from methods import locate
+from raysys.blocks import pack
+from raysys.model import Model
+from raysys.patch import LowRank, Wearer
+from raysys.scoring import Engine
+from raysys.types import Choose, Chosen, Edit, EditCase, EditRefused, EditRequest, PreparedMethod
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One probe of one edit: `likelier` is P(right) > P(wrong), `greedy` whether decoding would give the right answer.
+
+    `was_likelier` and `was_greedy` are the same before the edit.
+    """
+
+    request: str
+    kind: str
+    likelier: bool
+    greedy: bool
+    was_likelier: bool
+    was_greedy: bool
+
+
+@dataclass(frozen=True)
+class Single:
+    """One edit: its probes, seconds, log, why it was refused (or ""), and how far the worn matrix misses its value.
+
+    `miss` is |W' k - (W k + left (right k))| / |W' k| at the subject's last token, the largest of its patches; 0 for
+    methods that write no low-rank patch.
+    """
+
+    request: str
+    outcomes: tuple[Outcome, ...]
+    seconds: float
+    log: Mapping[str, object]
+    miss: float = 0.0
+    refused: str = ""
+
+
+def single_edits(model: Model, method: PreparedMethod, cases: Iterable[EditCase]) -> Iterator[Single]:
+    """Make, probe and take back each edit of `cases` alone, on the untouched `model`."""
+    wearer = Wearer(model)
+    for case in cases:
+        before = _ask(model, case)
+        start = time.perf_counter()
+        try:
+            edit = method.edit(model, [case.request])
+        except EditRefused as refusal:
+            yield Single(case.request.id, (), time.perf_counter() - start, {}, refused=str(refusal))
+            continue
+        seconds = time.perf_counter() - start
+        miss = _miss(model, wearer, case.request, edit)
+        wearer.wear(edit.patches)
+        after = _ask(model, case)
+        wearer.take_off()
+        outcomes = tuple(
+            Outcome(case.request.id, p.kind, *now, *was) for p, now, was in zip(case.probes, after, before, strict=True)
+        )
+        yield Single(case.request.id, outcomes, seconds, edit.log, miss)
+
+
+def shares(singles: Sequence[Single]) -> dict[str, float]:
+    """Per kind of probe the mean over edits of the share that holds, in [0, 1]: "kind/likelier", "kind/greedy"."""
+    found: dict[str, list[float]] = {}
+    for single in singles:
+        for kind in dict.fromkeys(o.kind for o in single.outcomes):
+            of_kind = [o for o in single.outcomes if o.kind == kind]
+            found.setdefault(f"{kind}/likelier", []).append(fmean(o.likelier for o in of_kind))
+            found.setdefault(f"{kind}/greedy", []).append(fmean(o.greedy for o in of_kind))
+    return {name: fmean(values) for name, values in found.items()}
+
+
+def _ask(model: Model, case: EditCase) -> list[tuple[bool, bool]]:
+    """For each probe: P(right) > P(wrong), and whether greedy decoding gives the right answer."""
+    queries = [
+        Choose(str(i), p.prompt, tuple(_after(a) for a in (p.right, p.wrong) if a is not None), 0)
+        for i, p in enumerate(case.probes)
+    ]
+    found: dict[str, tuple[bool, bool]] = {}
+    engine = Engine(model)
+    for block in pack(model.tokens, "checks", {}, queries, batch=64, size=256):
+        for item, answer in zip(block.items, engine.answer(block), strict=True):
+            assert isinstance(answer, Chosen)
+            right, *wrong = answer.choices
+            found[item.query.id] = all(right.logprob > w.logprob for w in wrong), right.greedy
+    return [found[q.id] for q in queries]
+
+
+def _after(answer: str) -> str:
+    return answer if answer[:1].isspace() else f" {answer}"
+
+
+@torch.no_grad()
+def _miss(model: Model, wearer: Wearer, request: EditRequest, edit: Edit) -> float:
+    row = locate.row(model, request)
+    worst = 0.0
+    for patch in edit.patches:
+        if isinstance(patch, LowRank):
+            module = patch.weight.removesuffix(".weight")
+            before = locate.read(model, module, [row])
+            change = patch.left.double() @ (patch.right.double() @ before.inputs[0].double().cpu())  # (d_out,)
+            wanted = before.outputs[0].double().cpu() + change
+            wearer.wear((patch,))
+            got = locate.read(model, module, [row]).outputs[0].double().cpu()
+            wearer.take_off()
+            worst = max(worst, float((got - wanted).norm() / wanted.norm()))
+    return worst

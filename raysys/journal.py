@@ -1,0 +1,138 @@
+"""The journal of an edit stream: every step on disk before anyone hears of it.
+
+One file a step (`000001.safetensors`): the patches of that step, the method's memory after it, and what was edited.
+The entries form a chain: each names the hash of the one before, so that a step of another study, a missing step or a
+changed request is noticed, and no edit is applied twice or left out. Any snapshot can be rebuilt from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from raysys.files import content_hash
+from raysys.patch import merge
+from raysys.snapshot import Snapshot, read, write
+from raysys.types import EditRequest, Patch
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What decides a stream of edits: the same stream gives the same journal, bit for bit."""
+
+    model: str  # digest of the base model
+    dtype: str
+    method: Mapping[str, Any]  # name, version, settings, artifacts
+    requests: tuple[EditRequest, ...]
+    seed: int
+    threads: int
+
+    def key(self, edits: int) -> str:
+        """Identity of the stream after `edits` requests; after none it is the base model's, whatever the method."""
+        if edits == 0:
+            return content_hash(["base", self.model, self.dtype])[:32]
+        requests = [_contents(r) for r in self.requests[:edits]]
+        return content_hash([self.model, self.dtype, dict(self.method), requests, self.seed, self.threads])[:32]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One step: requests number `first`+1 .. `last` of the stream. `refused` is the reason when nothing was changed."""
+
+    first: int
+    last: int
+    patches: tuple[Patch, ...]
+    memory: Mapping[str, Tensor]
+    requests: tuple[EditRequest, ...]
+    started: float  # unix seconds
+    ended: float
+    refused: str = ""
+    log: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Journal:
+    """Reads and appends the entries of one stream in `folder`."""
+
+    def __init__(self, folder: Path, stream: Stream) -> None:
+        self.folder, self.stream = folder, stream
+
+    def append(self, entry: Entry) -> None:
+        """Make `entry` durable. Raises OSError when the disk can't take it."""
+        about = {
+            "first": entry.first,
+            "last": entry.last,
+            "before": self.stream.key(entry.first),
+            "key": self.stream.key(entry.last),
+            "requests": [asdict(r) for r in entry.requests],
+            "started": entry.started,
+            "ended": entry.ended,
+            "refused": entry.refused,
+            "log": dict(entry.log),
+        }
+        write(self._path(entry.last), entry.patches, entry.memory, about)
+
+    def entries(self) -> Iterator[Entry]:
+        """The entries so far, in order, up to the first gap. Raises ValueError for one that isn't of this stream."""
+        done = 0
+        while path := self._next(done):
+            entry, about = _load(path)
+            if about["before"] != self.stream.key(done) or about["key"] != self.stream.key(entry.last):
+                raise ValueError(
+                    f"{path}: this step belongs to another study (model, method, settings or requests differ); "
+                    f"move {self.folder} away, or give the study another name"
+                )
+            yield entry
+            done = entry.last
+
+    def snapshot(self, edits: int) -> Snapshot:
+        """The snapshot after `edits` requests, rebuilt from disk. Raises ValueError when the journal stops before."""
+        patches: tuple[Patch, ...] = ()
+        done = 0
+        if edits:
+            for entry in self.entries():
+                if entry.last > edits:
+                    break
+                patches, done = merge(patches, entry.patches), entry.last
+        if done != edits:
+            raise ValueError(f"{self.folder}: the journal has no snapshot after {edits} edits (it reaches {done})")
+        return make_snapshot(self.stream, edits, patches)
+
+    def _path(self, last: int) -> Path:
+        return self.folder / f"{last:06d}.safetensors"
+
+    def _next(self, done: int) -> Path | None:
+        later = [p for p in _paths(self.folder) if int(p.stem) > done]
+        return later[0] if later else None
+
+
+def make_snapshot(stream: Stream, edits: int, patches: Sequence[Patch], parent: str | None = None) -> Snapshot:
+    """The snapshot of `stream` after `edits` requests."""
+    return Snapshot(stream.key(edits), parent, edits, tuple(patches), stream.model)
+
+
+def load_all(folder: Path) -> Iterator[Entry]:
+    """Every entry in a folder, in order, whatever stream it belongs to (for reports)."""
+    for path in _paths(folder):
+        yield _load(path)[0]
+
+
+def _load(path: Path) -> tuple[Entry, dict[str, Any]]:
+    patches, memory, about = read(path)
+    requests = tuple(EditRequest(**r) for r in about["requests"])
+    entry = Entry(
+        about["first"], about["last"], patches, memory, requests, about["started"], about["ended"], about["refused"],
+        about["log"],
+    )  # fmt: skip
+    return entry, about
+
+
+def _paths(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("*.safetensors") if p.stem.isdigit())
+
+
+def _contents(request: EditRequest) -> list[str | None]:
+    return [request.prompt, request.subject, request.target, request.was]

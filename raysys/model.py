@@ -1,0 +1,312 @@
+"""A causal language model with its tokenizer, as methods and scoring see it: the same for every family."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from raysys.arch import Arch, arch
+from raysys.loading import canonical_config, load
+from raysys.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """What enters block `layer`, and how every block from there on was called, for one batch.
+
+    `hidden` is (B, T, d); `calls` holds the other arguments of blocks layer, layer + 1, ...
+    """
+
+    layer: int
+    hidden: Tensor
+    calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
+
+
+class _EnoughError(Exception):
+    """Ends a forward pass whose upper layers nobody needs."""
+
+
+class Model:
+    """`net` with its tokenizer. Parameters are frozen and in evaluation mode; `digest` names the weights as loaded.
+
+    B = rows of a batch, T = tokens, d = width of the residual stream, V = vocabulary.
+    """
+
+    def __init__(self, net: nn.Module, tokenizer: Any, name: str = "") -> None:
+        self.net: Any = net.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.config: Any = self.net.config
+        self.arch: Arch = arch(self.config)
+        self.digest: str = _digest(self.net, tokenizer)  # now, before any patch is worn
+        self.tokens = Tokens.of(tokenizer, self.config)
+        self.max_length = self.tokens.max_length
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        dtype: str = "float32",
+        device: str = "cpu",
+        revision: str | None = None,
+        attention: str | None = None,
+    ) -> Model:
+        """Load a hub id, a folder, or "world/small" (the built-in model).
+
+        `dtype`: float32, bfloat16 or float16; `device`: cpu, cuda, cuda:1, ..., auto; `attention`: transformers'
+        `attn_implementation` (None: its own choice, sdpa where the family has it).
+        Reads safetensors only and runs no code that comes with the weights. Raises ValueError that says what to do.
+        """
+        net, tokenizer = load(name, dtype=dtype, device=device, revision=revision, attention=attention)
+        return cls(net, tokenizer, name)
+
+    # --- parts -------------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self.net.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number type of the weights."""
+        dtype: torch.dtype = self.net.dtype
+        return dtype
+
+    @property
+    def layers(self) -> int:
+        """How many decoder blocks there are."""
+        return len(self._blocks)
+
+    @property
+    def width(self) -> int:
+        """d, the width of the residual stream."""
+        return int(self.config.hidden_size)
+
+    @cached_property
+    def _blocks(self) -> nn.ModuleList:
+        blocks = self.module(self.arch.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    def layer(self, i: int) -> nn.Module:
+        """Decoder block `i`, from 0."""
+        return self._blocks[i]
+
+    def mlp_out(self, i: int) -> str:
+        """The name of the module that ends the MLP of block `i`: the projection d_ff -> d."""
+        if not 0 <= i < self.layers:
+            raise ValueError(f"layer {i} is not in {self.name or 'this model'}: it has layers 0 to {self.layers - 1}")
+        return self.arch.mlp_out.format(i)
+
+    def module(self, name: str) -> nn.Module:
+        """The module called `name`. Raises ValueError when there is none."""
+        try:
+            module: nn.Module = self.net.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(f"{self.name or 'this model'} has no module {name!r}") from error
+        return module
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """The parameter called `name`, in the layout the family stores. Raises ValueError when there is none."""
+        try:
+            parameter: nn.Parameter = self.net.get_parameter(name)
+        except AttributeError as error:
+            raise ValueError(f"{self.name or 'this model'} has no weight {name!r}") from error
+        return parameter
+
+    def matrix(self, name: str) -> Tensor:
+        """Parameter `name` as a (d_out, d_in) view whatever its layout; a bias is (d_out, 1). Writes go through."""
+        data = self.parameter(name).data
+        if data.ndim == 1:
+            return data[:, None]
+        return data.T if self.transposed(name) else data
+
+    def transposed(self, name: str) -> bool:
+        """Whether the parameter is stored as (d_in, d_out), as GPT-2's own linear layer does."""
+        return isinstance(self.module(name.rpartition(".")[0]), Conv1D)
+
+    # --- text and tokens ---------------------------------------------------------------------------------------------
+
+    @property
+    def pad_id(self) -> int:
+        """What fills a batch; always masked."""
+        return self.tokens.pad_id
+
+    @property
+    def window(self) -> float:
+        """Tokens that the shortest-sighted attention layer sees; infinite where every layer sees all."""
+        window = getattr(self.config, "sliding_window", None)
+        used = getattr(self.config, "use_sliding_window", True)
+        return float(window) if window and used else float("inf")
+
+    @cached_property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end a text: the tokenizer's and those of the model's generation settings."""
+        own = getattr(getattr(self.net, "generation_config", None), "eos_token_id", None)
+        ids = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+        return frozenset(int(i) for i in ids if i is not None)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of `text`, with the special tokens that the tokenizer adds by itself."""
+        return self.tokens.encode(text)
+
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """Text of `ids`, special tokens left out."""
+        return self.tokens.decode(ids)
+
+    def pair(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of `prompt` and of what follows it, split as lm-evaluation-harness does (raysys/tokens.py)."""
+        return self.tokens.pair(prompt, continuation)
+
+    def batch(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Rows of tokens as (B, T) ids padded on the right, and their (B, T) attention mask, on the model's device."""
+        longest = max(map(len, rows))
+        ids = torch.full((len(rows), longest), self.pad_id)
+        mask = torch.zeros((len(rows), longest), dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.as_tensor(row)
+            mask[i, : len(row)] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+    # --- forward -----------------------------------------------------------------------------------------------------
+
+    def hidden(
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        position_ids: Tensor | None = None,
+        use_cache: bool = True,
+    ) -> tuple[Tensor, Any]:
+        """Hidden states after the final norm (B, T, d) of `ids` (B, T), and the grown cache (None without one).
+
+        With a cache, `attention_mask` covers its tokens too. Without `position_ids` they follow from the mask, so
+        that rows may be padded on either side. Only ids, mask and positions reach the network.
+        """
+        if position_ids is None and attention_mask is not None:
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        out = self.net.base_model(
+            input_ids=ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=use_cache,
+        )
+        return out.last_hidden_state, out.past_key_values if use_cache else None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., d) hidden states after the final norm -> (..., V): head, its bias, the family's soft cap."""
+        logits: Tensor = self.net.get_output_embeddings()(hidden)
+        cap = getattr(self.config, self.arch.softcap) if self.arch.softcap else None
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def trunk(
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None = None,
+        layer: int = 0,
+        cache: Any = None,
+        position_ids: Tensor | None = None,
+    ) -> Trunk:
+        """Run `ids` (B, T) and keep what enters block `layer` and how the blocks from there on are called."""
+        seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append((args, kwargs))
+
+        handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in self._blocks[layer:]]
+        try:
+            self.hidden(ids, attention_mask, cache, position_ids, use_cache=cache is not None)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return Trunk(layer, seen[0][0][0], tuple((args[1:], kwargs) for args, kwargs in seen))
+
+    def through(self, name: str, ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What enters module `name` (B, T, d_in) and leaves it (B, T, d_out); the forward pass of `ids` ends there."""
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def keep(given: Tensor, out: Tensor) -> None:
+            seen.append((given.reshape(*ids.shape, -1), out.reshape(*ids.shape, -1)))  # some families flatten B and T
+            raise _EnoughError
+
+        with self.watching(name, keep), suppress(_EnoughError):
+            self.hidden(ids, attention_mask, use_cache=False)
+        assert seen, f"{name} was not called"
+        return seen[0]
+
+    def upper(self, trunk: Trunk, hidden: Tensor | None = None, layer: int | None = None) -> Tensor:
+        """Hidden states after the final norm (B, T, d) when `hidden` (by default the trunk's) enters block `layer`.
+
+        Runs the blocks from `layer` (by default the trunk's; not below it, may be one past the last block) upwards.
+        """
+        hidden = trunk.hidden if hidden is None else hidden
+        layer = trunk.layer if layer is None else layer
+        assert trunk.layer <= layer <= self.layers, (trunk.layer, layer)
+        for block, (args, kwargs) in zip(self._blocks[layer:], trunk.calls[layer - trunk.layer :], strict=True):
+            hidden = first(block(hidden, *args, **kwargs))
+        for name in self.arch.after:
+            module = self._optional(name)
+            hidden = hidden if module is None else module(hidden)
+        return hidden
+
+    def _optional(self, name: str) -> nn.Module | None:
+        parent, _, leaf = name.rpartition(".")
+        module: nn.Module | None = getattr(self.module(parent), leaf, None)
+        return module
+
+    @contextmanager
+    def watching(self, name: str, hook: Callable[[Tensor, Tensor], Tensor | None]) -> Iterator[None]:
+        """Within it, `hook(input, output)` sees module `name` at each call; a tensor it returns replaces the output.
+
+        Blocks and attention modules that return tuples are seen by their first element.
+        """
+
+        def call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+            given = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+            new = hook(given, first(out))
+            if new is None:
+                return None
+            return (new, *out[1:]) if isinstance(out, tuple) else new
+
+        handle = self.module(name).register_forward_hook(call, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def first(out: Any) -> Tensor:
+    """The tensor of a module that returns one, or the first of a tuple."""
+    tensor: Tensor = out[0] if isinstance(out, tuple) else out
+    return tensor
+
+
+def _digest(net: Any, tokenizer: Any) -> str:
+    """SHA-256 (hex) over configuration, tokenizer and all weights; independent of where they lie on disk."""
+    sha = hashlib.sha256(canonical_config(net.config).encode())
+    if tokenizer is not None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+        sha.update(text.encode())
+    seen: dict[tuple[int, torch.Size], str] = {}  # tied weights once
+    for name, tensor in sorted(net.state_dict().items()):
+        place = (tensor.data_ptr(), tensor.shape)
+        if place in seen and tensor.numel():
+            sha.update(f"{name} is {seen[place]}".encode())
+            continue
+        seen[place] = name
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        sha.update(data.numpy().data)
+    return sha.hexdigest()

@@ -1,0 +1,89 @@
+"""Names for what can be plugged in: lazy, so that nothing is imported before it is used.
+
+A plug-in outside this repository needs no line here: name it by dotted path, `package.module:Class`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+METHODS = {
+    "rome": "methods.rome:Rome",
+    "ft_l": "methods.ft:FtL",
+    "ft_m": "methods.ft:FtM",
+}
+BENCHMARKS = {
+    "mmlu": "benchmarks.mmlu:Mmlu",
+    "gsm8k": "benchmarks.gsm8k:Gsm8k",
+    "probes": "benchmarks.probes:Probes",
+    "locality": "benchmarks.probes:Locality",
+}
+DATASETS = {
+    "world": "benchmarks.edits:World",
+    "counterfact": "benchmarks.edits:CounterFact",
+    "zsre": "benchmarks.edits:Zsre",
+    "json": "benchmarks.edits:Custom",
+}
+
+
+def method(name: str) -> Any:
+    """The class of an editing method. Raises ValueError with the nearest name when there is none."""
+    return _find("method", METHODS, name)
+
+
+def benchmark(name: str) -> Any:
+    """The class of a benchmark. Raises ValueError with the nearest name when there is none."""
+    return _find("benchmark", BENCHMARKS, name)
+
+
+def dataset(name: str) -> Any:
+    """The class of a data set of edits. Raises ValueError with the nearest name when there is none."""
+    return _find("edit data set", DATASETS, name)
+
+
+def build(cls: Any, settings: Mapping[str, Any], where: str) -> Any:
+    """An instance of the dataclass `cls` with `settings`, types checked and converted (lists to tuples, int to float).
+
+    `where` says in the user's words whose settings these are. Raises ValueError that lists every wrong one.
+    """
+    fields = {f.name for f in dataclasses.fields(cls) if f.init}
+    faults = [
+        f"{where}: unknown setting {name!r}{did_you_mean(name, fields)}" for name in settings if name not in fields
+    ]
+    try:
+        built = TypeAdapter(cls).validate_python({k: v for k, v in settings.items() if k in fields})
+    except ValidationError as error:
+        faults += [f"{where}: setting {'.'.join(map(str, f['loc']))!r}: {f['msg']}" for f in error.errors()]
+    if faults:
+        raise ValueError("\n".join(faults))
+    return built
+
+
+def did_you_mean(name: str, known: Mapping[str, Any] | set[str]) -> str:
+    """The end of a message about a wrong name: the nearest right one, or all of them."""
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    return f". Did you mean {near[0]!r}?" if near else f". There are: {', '.join(sorted(known)) or 'none'}."
+
+
+def _find(what: str, table: Mapping[str, str], name: str) -> Any:
+    path = table.get(name, name)
+    if ":" not in path:
+        raise ValueError(
+            f"unknown {what} {name!r}{did_you_mean(name, table)} "
+            f"(Your own: give its dotted path, 'package.module:Class'.)"
+        )
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name.split(".")[0]):
+            raise
+        raise ValueError(f"{what} {name!r}: no module {module!r}; is its folder on PYTHONPATH?") from error
+    except AttributeError as error:
+        raise ValueError(f"{what} {name!r}: module {module!r} has no {attribute!r}") from error

@@ -1,0 +1,146 @@
+"""What a study would do, counted before anything is started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from raysys import names
+from raysys.blocks import Block, by_prefix, pack
+from raysys.results import Results
+from raysys.spec import ComponentSpec, StudySpec
+from raysys.tokens import Tokens
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One benchmark on one model: blocks, queries and tokens that the base model reads, and all snapshots together."""
+
+    model: str
+    benchmark: str
+    blocks: int
+    queries: int
+    tokens: int
+    units: int
+    tokens_in_all: int
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One base model: parameters, bytes of one copy, and what an edit of one MLP projection adds to a snapshot."""
+
+    model: str
+    parameters: int
+    bytes: int
+    rank_one_bytes: int
+    dense_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything `raysys plan` says. `done` of `units` are on disk; `memory_bytes` is of all actors' weights."""
+
+    name: str
+    folder: str
+    cells: int
+    edits: int
+    dropped: int
+    snapshots: tuple[int, ...]
+    parts: list[Part]
+    weights: list[Weights]
+    units: int
+    done: int
+    tokens: int
+    editors: int
+    evaluators: int
+    cpus: int
+    gpus: float
+    memory_bytes: int
+
+    def tree(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+
+def plan(spec: StudySpec, note: Callable[[str], None] = lambda text: None) -> Plan:
+    """Read the data, tokenise every prompt, count. Raises ValueError for whatever would stop the study at once."""
+    from raysys.study import select_edits
+
+    selected = {order: select_edits(spec, order) for order in range(spec.orders)}
+    parts, weights = [], []
+    for model in spec.models:
+        tokens = Tokens.load(model)
+        for benchmark in spec.benchmarks:
+            note(f"tokenising {benchmark.title} for {model}")
+            parts.append(_part(spec, model, tokens, benchmark, selected))
+        weights.append(_weights(model, spec.dtype))
+    c = spec.cluster
+    copies = c.editors + c.evaluators
+    on_disk = Results(spec.folder).done() if (spec.folder / "spec.json").is_file() else set()
+    return Plan(
+        name=spec.name,
+        folder=str(spec.folder),
+        cells=len(spec.grid()),
+        edits=spec.edits.count * len(spec.grid()),
+        dropped=len(selected[0].dropped),
+        snapshots=spec.snapshots,
+        parts=parts,
+        weights=weights,
+        units=sum(p.units for p in parts),
+        done=len(on_disk),
+        tokens=sum(p.tokens_in_all for p in parts),
+        editors=c.editors,
+        evaluators=c.evaluators,
+        cpus=copies * c.threads,
+        gpus=c.editors * c.gpus_per_editor + c.evaluators * c.gpus_per_evaluator,
+        memory_bytes=copies * max(w.bytes for w in weights),
+    )
+
+
+def _part(spec: StudySpec, model: str, tokens: Tokens, part: ComponentSpec, selected: dict[int, Any]) -> Part:
+    """As the study: the base is asked everything once, a later snapshot what is due by then, in every cell."""
+    blocks = [(order, block) for order, built in _built(part, selected) for block in _blocks(spec, tokens, part, built)]
+    units, in_all = len(blocks), sum(b.tokens for _, b in blocks)
+    for order in range(spec.orders):
+        for edits in (n for n in spec.snapshots if n):
+            due = [b for o, b in blocks if o in (-1, order) and b.edits[1] <= edits]
+            units += len(due) * len(spec.methods)
+            in_all += sum(b.tokens for b in due) * len(spec.methods)
+    queries = sum(len(b.items) for _, b in blocks)
+    return Part(model, part.title, len(blocks), queries, sum(b.tokens for _, b in blocks), units, in_all)
+
+
+def _built(part: ComponentSpec, selected: dict[int, Any]) -> Iterator[tuple[int, Any]]:
+    """(edit order or -1, benchmark given what it is about)."""
+    cls = names.benchmark(part.name)
+    built = names.build(cls, part.settings, f"benchmark {part.title}")
+    about = getattr(cls, "about", None)
+    if about == "edits":
+        yield from ((order, built.over(chosen.cases)) for order, chosen in selected.items())
+    else:
+        yield -1, built.over(selected[0].held_out) if about == "held_out" else built
+
+
+def _blocks(spec: StudySpec, tokens: Tokens, part: ComponentSpec, built: Any) -> Iterator[Block]:
+    for group in by_prefix(built.queries(), spec.snapshots):
+        options: dict[str, Any] = {"batch": spec.scoring.batch, "size": spec.scoring.block, "cuts": spec.snapshots}
+        yield from pack(tokens, part.title, {}, group, **options)
+
+
+def _weights(model: str, dtype: str) -> Weights:
+    """Counted on the configuration; no weights are read."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from raysys.arch import arch
+    from raysys.loading import locate
+
+    config = AutoConfig.from_pretrained(locate(model), trust_remote_code=False)
+    with torch.device("meta"):
+        net: Any = AutoModelForCausalLM.from_config(config)
+    count = sum(p.numel() for p in net.parameters())
+    d_out, d_in = net.get_submodule(arch(config).mlp_out.format(0)).weight.shape
+    return Weights(model, count, count * BYTES[dtype], 4 * (d_out + d_in), 4 * d_out * d_in)

@@ -1,0 +1,174 @@
+"""What a study found, for people: tables in the terminal, and one HTML file to keep and to pass on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from raysys import names, report_html, stats, words
+from raysys.account import Account, account
+from raysys.files import write_bytes
+from raysys.summary import KINDS, PROTOCOLS, CellView, Metric, Point, Summary, summarise
+
+if TYPE_CHECKING:
+    from raysys.results import Results
+    from raysys.spec import StudySpec
+
+STYLE = {"kept": "green", "open": "yellow", "lost": "red", "collapsed": "red"}
+
+
+def write_html(results: Results, path: Path | None = None, delta: float = stats.DELTA) -> Path:
+    """Write the report of a study, finished or not, and say where. Raises OSError when it can't be written."""
+    path = path or results.folder / "report.html"
+    spec = results.spec
+    tree = spec.model_dump(mode="json", exclude_defaults=False)
+    text = report_html.page(
+        spec.name, summarise(results, delta), account(results), chances(spec), words.toml(tree), results.manifest
+    )
+    write_bytes(path, text.encode())
+    return path
+
+
+def show(results: Results, console: Console | None = None, delta: float = stats.DELTA) -> None:
+    """Print the tables of a study, finished or not."""
+    (console or Console()).print(terminal(summarise(results, delta), account(results)), highlight=False)
+
+
+def chances(spec: StudySpec) -> dict[Metric, float]:
+    """What guessing would score, as far as the benchmarks say."""
+    found: dict[Metric, float] = {}
+    for part in spec.benchmarks:
+        try:
+            benchmark = names.build(names.benchmark(part.name), part.settings, part.title)
+        except ValueError:  # of a plug-in that is not installed here: the report does without
+            continue
+        found |= {(part.title, metric): share for metric, share in benchmark.chance().items()}
+    return found
+
+
+def terminal(summary: Summary, told: Account) -> RenderableType:
+    """All tables, for any width."""
+    parts: list[RenderableType] = []
+    for cell in summary.cells:
+        parts.append(Text(f"\n{cell.method}  {cell.model}  order {cell.order}", style="bold"))
+        parts += filter(None, (_ability(cell, summary), _edits(cell, summary)))
+    parts += [_retention(summary)]
+    parts += [Text(""), _budgets(summary), _losses(told)]
+    return Group(*parts)
+
+
+def percent(share: float) -> str:
+    """Without a decimal, for places where n is small."""
+    return words.percent(share, 0)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
+    for i, column in enumerate(columns):
+        table.add_column(Text(column), justify="right", overflow="fold", no_wrap=i == 0)
+    return table
+
+
+def _ability(cell: CellView, summary: Summary) -> Table | None:
+    metrics = [m for m in (*summary.ability, *summary.others) if m in cell.curves]
+    if not metrics:
+        return None
+    table = _table("edits", *(words.title(m) for m in metrics))
+    for edits, points in _rows(cell, metrics):
+        table.add_row(str(edits), *(_score(p) for p in points))
+    return table
+
+
+def _score(point: Point | None) -> Text:
+    if point is None:
+        return Text("–", style="dim")
+    text = Text.assemble(words.percent(point.estimate.mean), (f" {words.half(point.estimate)}", "dim"))
+    if point.collapse:
+        text.append(" collapsed", style="bold red")
+    elif point.change:
+        sure = point.change.high < 0 or point.change.low > 0
+        text.append(f" {words.points(point.change.mean)}", style="red" if sure and point.change.mean < 0 else "dim")
+    return text
+
+
+def _edits(cell: CellView, summary: Summary) -> Table | None:
+    """Edit success by kind of probe; each cell holds the protocols, as the caption says."""
+    kinds = [k for k in KINDS if any(m[1].startswith(f"{k}/") for m in summary.probes if m in cell.curves)]
+    held = [m for m in summary.locality if m in cell.curves]
+    if not kinds and not held:
+        return None
+    table = _table("edits", *kinds, *(["held-out facts"] if held else []))
+    probes = [[m for p in PROTOCOLS for m in summary.probes if m[1] == f"{k}/{p}" and m in cell.curves] for k in kinds]
+    groups = [*probes, *([held] if held else [])]
+    for edits, points in _rows(cell, [m for group in groups for m in group]):
+        cells, rest = [], list(points)
+        for group in groups:
+            mine, rest = rest[: len(group)], rest[len(group) :]
+            cells.append(" / ".join(percent(p.estimate.mean) if p else "–" for p in mine) if any(mine) else "–")
+        table.add_row(str(edits), *cells)
+    ways = [PROTOCOLS[p] for p in PROTOCOLS if any(m[1].endswith(f"/{p}") for group in probes for m in group)]
+    known = [PROTOCOLS.get(m[1].partition("/")[2], m[1]) for m in held]
+    told = [f"{name}: {' / '.join(w)}" for name, w in (("per cent", ways), ("held-out facts", known)) if w]
+    table.caption = Text("; ".join(told), style="dim")
+    table.caption_justify = "left"
+    return table
+
+
+def _rows(cell: CellView, metrics: Sequence[Metric]) -> list[tuple[int, list[Point | None]]]:
+    found = {(m, p.edits): p for m in metrics for p in cell.curves[m]}
+    return [(n, [found.get((m, n)) for m in metrics]) for n in sorted({n for _, n in found})]
+
+
+def _retention(summary: Summary) -> RenderableType:
+    """Do edits still hold at the last snapshot, by how many came after them?"""
+    labels = list(dict.fromkeys(a.label for m in summary.methods for ages in m.ages.values() for a in ages))
+    if not labels:
+        return Text("")
+    table = _table("\nretention by edits since", *labels)
+    table.columns[0].justify = "left"
+    for method in summary.methods:
+        for protocol, ages in method.ages.items():
+            held = {a.label: percent(a.estimate.mean) for a in ages}
+            row = (f"{method.method}, {PROTOCOLS[protocol]}", *(held.get(label, "–") for label in labels))
+            table.add_row(*map(Text, row))
+    return table
+
+
+def _budgets(summary: Summary) -> RenderableType:
+    if not summary.ability:
+        return Text("no general-ability benchmark has been scored: no edit budget", style="dim")
+    loss = f"{summary.delta * 100:g} points"
+    table = _table("edit budget", "shown", "observed", "measured", "ended at")
+    for column in (0, 4):
+        table.columns[column].justify = "left"
+    for cell in summary.cells:
+        budget = cell.budget
+        stops = [Text(f"{v.edits}: {words.verdict(v)}", style=STYLE[v.state]) for v in words.stops(budget)]
+        name = " ".join((cell.method, cell.model, str(cell.order)) if len(summary.cells) > 1 else (cell.method,))
+        shown = f"{'≥ ' if not budget.stops and budget.measured else ''}{budget.shown}"
+        row = (Text(name), Text(shown, style="bold"), str(budget.observed), str(budget.measured))
+        table.add_row(*row, Text("\n").join(stops) if stops else Text("nothing", style="green"))
+    table.caption = Text(
+        f"shown: at 95 %, no benchmark lost {loss} or more at any snapshot up to there (paired, Holm-corrected); "
+        "observed: the same of the bare means",
+        style="dim",
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _losses(told: Account) -> RenderableType:
+    """What was left out, refused or failed, in a line each."""
+    lines = []
+    for name, style, found in (("left out", "dim", told.dropped), ("refused", "yellow", told.refused)):
+        lines += [Text(f"{name} {x.count}: {x.reason} (first: {x.where})", style=style) for x in found]
+    for f in told.failures:
+        where = f"{f.get('benchmark', '')} at {f.get('edits', '?')} edits"
+        lines.append(Text(f"failed: {where}, {f.get('tries', '?')} tries: {f.get('reason', '')}", style="bold red"))
+    return Group(*lines)

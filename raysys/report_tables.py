@@ -1,0 +1,87 @@
+"""The tables of the HTML report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from raysys import charts, words
+from raysys.summary import KINDS, PROTOCOLS, CellView, MethodView, Metric, Point
+
+
+def _scroll(label: str, table: str) -> str:
+    """A table that scrolls by itself where the page is too narrow for it."""
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">{table}</div>'
+
+
+def matrix(method: MethodView, style: int) -> str:
+    """Benchmark x snapshot: shown to hold, open, lost or collapsed, with the change in points."""
+    verdicts = {(v.benchmark, v.edits): v for v in method.budget.verdicts}
+    snapshots = sorted({edits for _, edits in verdicts})
+    if not snapshots:
+        return ""
+    rows = []
+    for benchmark in dict.fromkeys(b for b, _ in verdicts):
+        cells = []
+        for edits in snapshots:
+            v = verdicts.get((benchmark, edits))
+            cells.append("<td></td>" if v is None else
+                f'<td class="{v.state}"><span class="state" aria-hidden="true">{words.SIGNS[v.state]}</span>'
+                f'<span class="visually-hidden">{v.state} </span>{words.points(v.change.mean)}</td>')  # fmt: skip
+        rows.append(f'<tr><th scope="row">{escape(benchmark)}</th>{"".join(cells)}</tr>')
+    heads = "".join(f'<th scope="col">{n}</th>' for n in snapshots)
+    top = f'<thead><tr><th scope="col">{charts.key(style)} {escape(method.method)}</th>{heads}</tr></thead>'
+    label = f"Change of each benchmark at each snapshot, {method.method}"
+    return _scroll(label, f'<table class="matrix">{top}<tbody>{"".join(rows)}</tbody></table>')
+
+
+def ability_table(cell: CellView, metrics: Sequence[Metric]) -> str:
+    """Rows are snapshots, columns the metrics of general ability."""
+    shown = [m for m in metrics if m in cell.curves]
+    if not shown:
+        return ""
+    heads = "".join(f'<th scope="col">{escape(words.title(m))}</th>' for m in shown)
+    table = _rows(cell, shown, True)
+    top = f'<thead><tr><th scope="col">Edits</th>{heads}</tr></thead>'
+    return _scroll(f"General ability, {cell.id}", f"<table>{top}<tbody>{table}</tbody></table>")
+
+
+def edits_table(cell: CellView, probes: Sequence[Metric], locality: Sequence[Metric]) -> str:
+    """Rows are snapshots, columns the kinds of probes by protocol, then held-out facts."""
+    groups = []
+    for kind in KINDS:
+        by_protocol = [m for p in PROTOCOLS for m in probes if m[1] == f"{kind}/{p}" and m in cell.curves]
+        groups.append((kind.capitalize(), by_protocol))
+    groups.append(("Held-out facts", [m for m in locality if m in cell.curves]))
+    groups = [(name, metrics) for name, metrics in groups if metrics]
+    if not groups:
+        return ""
+    first = "".join(f'<th class="group" scope="colgroup" colspan="{len(m)}">{name}</th>' for name, m in groups)
+    names = [m[1].partition("/")[2] for _, metrics in groups for m in metrics]
+    second = "".join(f'<th scope="col">{"P" if n == "probability" else escape(n)}</th>' for n in names)
+    table = _rows(cell, [m for _, metrics in groups for m in metrics], False)
+    top = f'<thead><tr><th scope="col" rowspan="2">Edits</th>{first}</tr><tr>{second}</tr></thead>'
+    return _scroll(f"Edits, {cell.id}", f"<table>{top}<tbody>{table}</tbody></table>")
+
+
+def _rows(cell: CellView, metrics: Sequence[Metric], changes: bool) -> str:
+    found = {(m, p.edits): p for m in metrics for p in cell.curves[m]}
+    rows = []
+    for edits in sorted({n for _, n in found}):
+        cells = "".join(_cell(found.get((m, edits)), changes) for m in metrics)
+        rows.append(f'<tr><th scope="row">{edits}</th>{cells}</tr>')
+    return "".join(rows)
+
+
+def _cell(point: Point | None, changes: bool) -> str:
+    if point is None:
+        return "<td>–</td>"
+    value, width = words.percent(point.estimate.mean), words.half(point.estimate)
+    if not changes:
+        return f'<td>{value}<small class="sub">{width}</small></td>'
+    value, below = f"{value} <small>{width}</small>", ""
+    if point.collapse:
+        below = f'<small class="sub collapsed" title="{escape(point.collapse)}">collapsed</small>'
+    elif point.change:
+        below = f'<small class="sub">{words.points(point.change.mean)}</small>'
+    return f"<td>{value}{below}</td>"

@@ -1,0 +1,107 @@
+"""Run folders: which there are, which one is meant, how far it is."""
+
+from __future__ import annotations
+
+import fcntl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raysys.names import did_you_mean
+from raysys.results import Results
+from raysys.spec import StudySpec
+
+ROOT = Path("runs")
+
+
+def find(run: str, root: Path = ROOT) -> Results:
+    """What `run` names: a run folder, a study's TOML file, a folder's name under `root`, or a study's name there (its
+    latest run). Raises ValueError when there is none."""
+    path = Path(run)
+    if path.suffix == ".toml":
+        folder = StudySpec.load(path).folder
+        if not (folder / "spec.json").is_file():
+            raise ValueError(f"{run} has not been run yet ({folder} does not exist): `raysys run {run}` runs it")
+        return Results(folder)
+    if path.is_dir() and (path / "spec.json").is_file():
+        return Results(path)
+    there = everything(root)
+    named = [r for r in there if r.folder.name == run] or [r for r in there if _name(r) == run]
+    if named:
+        return named[0]
+    if path.is_dir():
+        return Results.open(path)  # says what is wrong with it
+    known = {_name(r) for r in there} | {r.folder.name for r in there}
+    raise ValueError(f"no run {run!r} under {root}/{did_you_mean(run, known)}")
+
+
+def everything(root: Path = ROOT) -> list[Results]:
+    """All runs under `root`, the latest first."""
+    specs = sorted(root.glob("*/spec.json"), key=lambda p: -p.stat().st_mtime)
+    return [Results(p.parent) for p in specs]
+
+
+def _name(results: Results) -> str:
+    """The study's name: the folder's without the hash."""
+    return results.folder.name.rpartition("-")[0]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """How far one edit stream is."""
+
+    cell: str
+    model: str
+    method: str
+    order: int
+    edits: int
+    wanted: int
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a run is. `state`: complete, running, failed (ended with failures) or stopped (run it again)."""
+
+    name: str
+    folder: str
+    state: str
+    streams: list[Stream]
+    units: int
+    failures: int
+    started: float | None
+    finished: float | None
+    report: str | None
+
+
+def status(results: Results) -> Status:
+    """Looks at the folder only; a running study is not disturbed."""
+    manifest: dict[str, Any] = results.manifest
+    spec = results.spec
+    streams = []
+    for cell in results.cells():
+        done = max((int(p.stem) for p in results.cell_folder(cell.id).glob("journal/[0-9]*.safetensors")), default=0)
+        streams.append(Stream(cell.id, cell.model, cell.method, cell.order, done, len(cell.about["requests"])))
+    failures = len(results.failures())
+    page = results.folder / "report.html"
+    if _running(results):
+        state = "running"
+    elif manifest.get("complete"):
+        state = "complete"
+    else:
+        state = "failed" if failures else "stopped"
+    return Status(
+        spec.name, str(results.folder), state, streams, len(results.done()), failures,
+        manifest.get("started"), manifest.get("finished"), str(page) if page.is_file() else None,
+    )  # fmt: skip
+
+
+def _running(results: Results) -> bool:
+    """Whether a process holds the lock of the folder."""
+    try:
+        with (results.folder / ".lock").open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock, or not ours to open
+        return False
+    return False

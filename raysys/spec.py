@@ -1,0 +1,243 @@
+"""The study, as a user writes it: TOML plus `key=value`, checked whole, every fault listed at once.
+
+A study is a grid: models x methods x edit orders. Its hash names the folder of results, so the same study continues
+where it stopped and a changed one starts afresh. What can't change a score (how many evaluators, how many retries)
+stays out of the hash.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from raysys import names
+from raysys.files import content_hash
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class SpecError(ValueError):
+    """The study as written can't run; the message lists every fault, one a line."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Named(BaseModel):
+    """A component: its name, and every other key is a setting of it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The component's own settings."""
+        return dict(self.model_extra or {})
+
+
+class EditsSpec(_Named):
+    """Which edits: a data set, how many of it, in which order, and what to do with records that can't be used."""
+
+    dataset: str = "world"
+    count: int = Field(default=100, ge=1)
+    policy: Literal["fail", "skip", "last"] = "fail"
+
+
+class ComponentSpec(_Named):
+    """A method or a benchmark by name, with its settings; `label` tells two of the same name apart."""
+
+    name: str
+    label: str = ""
+
+    @property
+    def title(self) -> str:
+        """What results and report call it."""
+        return self.label or self.name
+
+
+class ClusterSpec(_Part):
+    """Who does the work. Nothing here may change a score but `threads` (CPU), which is part of the study's identity."""
+
+    evaluators: int = Field(default=2, ge=1)
+    editors: int = Field(default=1, ge=1)  # cells edited at the same time
+    gpus_per_evaluator: float = Field(default=0.0, ge=0)
+    gpus_per_editor: float = Field(default=0.0, ge=0)
+    threads: int = Field(default=1, ge=1)  # torch threads of every actor on CPU
+    retries: int = Field(default=3, ge=0)  # of a unit, before it is reported as failed
+    snapshots_in_flight: int = Field(default=4, ge=1)  # ahead of scoring, per edit stream
+    dashboard: bool = True  # of our own cluster, on loopback
+    address: str | None = None  # of a running Ray cluster; None: $RAY_ADDRESS, else one of our own on this machine
+    wait: float = Field(default=300.0, gt=0)  # seconds to wait for missing resources before giving up
+
+
+class ScoringSpec(_Part):
+    """How scoring batches its work: part of the study's identity, since rounding depends on the shapes."""
+
+    batch: int = Field(default=16, ge=1)  # queries a forward pass
+    block: int = Field(default=64, ge=1)  # queries a unit of work
+
+
+class StudySpec(_Part):
+    """One study. See the README for an example; `StudySpec.load` reads it from TOML."""
+
+    name: str = Field(default="study", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    seed: int = 0
+    root: str = "runs"  # folder under which runs are kept
+    models: tuple[str, ...] = Field(default=("world/small",), min_length=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    snapshots: tuple[int, ...] = (0, 1, 5, 10, 20, 50, 100)
+    orders: int = Field(default=1, ge=1)  # edit orders; the first is the data's own
+    on_refusal: Literal["stop", "skip"] = "skip"  # when a method can't serve a request
+    on_bad_benchmark: Literal["stop", "skip"] = "stop"  # when a benchmark's data can't be read
+    edits: EditsSpec = EditsSpec()
+    methods: tuple[ComponentSpec, ...] = Field(min_length=1)
+    benchmarks: tuple[ComponentSpec, ...] = Field(min_length=1)
+    scoring: ScoringSpec = ScoringSpec()
+    cluster: ClusterSpec = ClusterSpec()
+
+    @field_validator("snapshots")
+    @classmethod
+    def _ordered(cls, values: tuple[int, ...]) -> tuple[int, ...]:
+        if not values or min(values) < 0:
+            raise ValueError("wants numbers of edits, 0 or more, such as [0, 1, 10, 100]")
+        return tuple(sorted({0, *values}))  # the base is always scored: every curve is a difference to it
+
+    @model_validator(mode="after")
+    def _reachable(self) -> StudySpec:
+        if self.snapshots[-1] > self.edits.count:
+            raise ValueError(
+                f"snapshots: {self.snapshots[-1]} is beyond the {self.edits.count} edits of the study; "
+                f"raise edits.count or lower the snapshot"
+            )
+        for what, parts in (("methods", self.methods), ("benchmarks", self.benchmarks)):
+            titles = [p.title for p in parts]
+            for title in sorted({t for t in titles if titles.count(t) > 1}):
+                raise ValueError(f'{what}: {title!r} is there twice; give each its own label = "..."')
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
+        """Read a TOML file and apply `key=value` overrides (`edits.count=20`, `methods.0.layer=3`).
+
+        Raises SpecError that names the file and every fault in it.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise SpecError(f"{path}: no such file; `raysys new` writes a study to start from") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpecError(f"{path}: can't be read ({error})") from error
+        return cls.parse(text, overrides, str(path))
+
+    @classmethod
+    def parse(cls, text: str, overrides: Sequence[str] = (), where: str = "study") -> StudySpec:
+        """As `load`, from the text of a TOML file."""
+        try:
+            tree = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise SpecError(f"{where}: not valid TOML: {error}") from error
+        for override in overrides:
+            _override(tree, override)
+        return cls.check(tree, where)
+
+    @classmethod
+    def check(cls, tree: dict[str, Any], where: str = "study") -> StudySpec:
+        """A spec from plain data, with the settings of every component checked. Raises SpecError with all faults."""
+        faults: list[str] = []
+        spec = None
+        try:
+            spec = cls.model_validate(tree)
+        except ValidationError as error:
+            faults += [_fault(where, dict(f), cls) for f in error.errors()]
+        for kind, find in (("methods", names.method), ("benchmarks", names.benchmark)):
+            parts = tree.get(kind, [])
+            for number, part in enumerate(parts if isinstance(parts, list | tuple) else []):
+                if isinstance(part, dict) and isinstance(part.get("name"), str):
+                    settings = {k: v for k, v in part.items() if k not in ("name", "label")}
+                    faults += _component(find, part["name"], settings, f"{where}: {kind}[{number}] {part['name']}")
+        edits = tree.get("edits", {})
+        if isinstance(edits, dict) and isinstance(edits.get("dataset", "world"), str):
+            settings = {k: v for k, v in edits.items() if k not in EditsSpec.model_fields}
+            faults += _component(names.dataset, edits.get("dataset", "world"), settings, f"{where}: edits")
+        if faults or spec is None:
+            raise SpecError("\n".join(faults))
+        return spec
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers: everything but where results lie and who does the work."""
+        tree: dict[str, Any] = self.model_dump(mode="json", exclude={"root", "cluster"})
+        return tree | {"threads": self.cluster.threads}
+
+    @property
+    def hash(self) -> str:
+        """Eight hex digits of the identity."""
+        return content_hash(self.identity)[:8]
+
+    @property
+    def folder(self) -> Path:
+        """Where this study's results live."""
+        return Path(self.root) / f"{self.name}-{self.hash}"
+
+    def grid(self) -> list[tuple[str, ComponentSpec, int]]:
+        """(model, method, order) of every cell."""
+        return list(product(self.models, self.methods, range(self.orders)))
+
+
+def _component(find: Any, name: str, settings: dict[str, Any], where: str) -> list[str]:
+    try:
+        names.build(find(name), settings, where)
+    except ValueError as error:
+        text = str(error)
+        return [text if text.startswith(where) else f"{where}: {text}"]
+    return []
+
+
+def _fault(where: str, fault: dict[str, Any], cls: type[BaseModel]) -> str:
+    place = ".".join(map(str, fault["loc"]))
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        owner: Any = cls
+        for step in fault["loc"][:-1]:
+            owner = getattr(owner, "model_fields", {}).get(step)
+            owner = getattr(owner, "annotation", None)
+        known = set(getattr(owner, "model_fields", {}))
+        message = f"no such key{names.did_you_mean(str(fault['loc'][-1]), known)}"
+    elif fault["type"] != "missing" and place and not isinstance(fault.get("input"), dict):
+        message += f" (got {fault.get('input')!r})"
+    return f"{where}: {place + ': ' if place else ''}{message}"
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise SpecError(f"{override!r}: wants key=value, such as edits.count=20")
+    try:
+        parsed = tomllib.loads(f"x = {value}")["x"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    node: Any = tree
+    *path, last = key.split(".")
+    for step in path:
+        node = node[_index(node, step, override)] if isinstance(node, list) else node.setdefault(step, {})
+        if not isinstance(node, dict | list):
+            raise SpecError(f"{override!r}: {step!r} holds a value, not settings")
+    if isinstance(node, list):
+        node[_index(node, last, override)] = parsed
+    else:
+        node[last] = parsed
+
+
+def _index(node: list[Any], step: str, override: str) -> int:
+    if not step.isdigit() or int(step) >= len(node):
+        raise SpecError(f"{override!r}: {step!r} wants a number below {len(node)}")
+    return int(step)

@@ -1,0 +1,293 @@
+"""A study from end to end: edit, snapshot, score, store. Reads top to bottom; everything else hangs below it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors import editor, evaluator
+from actors.cluster import NoResources, cluster, wait_for
+from actors.editor import Job
+from actors.feed import Source, Work, feed
+from actors.pool import Done, EvaluatorPool, Failed, PoolError, Unit
+from actors.streams import Lost, Made, Opened, Streaming, Streams
+from raysys import names
+from raysys.files import content_hash
+from raysys.progress import Progress, quiet
+from raysys.results import Results
+from raysys.spec import ComponentSpec, SpecError, StudySpec
+from raysys.tokens import Tokens
+from raysys.types import EditCase, Probe
+
+CACHE = "RAYSYS_CACHE"  # environment variable: folder of artifacts (second moments, contexts)
+
+
+class StudyError(RuntimeError):
+    """The study can't go on; what it has found so far stays, and the same command continues it."""
+
+
+def run(spec: StudySpec, progress: Progress | None = None) -> Results:
+    """Run `spec`, or what is missing of it, and return its results.
+
+    Raises SpecError for a study that can't run as written, StudyError when it can't go on. Units that keep failing
+    don't end it: they are in `results.failures()`.
+    """
+    progress = progress or quiet()
+    edits = {order: select_edits(spec, order) for order in range(spec.orders)}
+    for model in spec.models:
+        Tokens.load(model)  # before anything is started: a wrong name is the user's to mend
+    results = Results.create(spec)
+    with results.lock():
+        if results.manifest.get("complete"):
+            progress.note(f"complete already: {results.folder}")
+            return results
+        results.forget_failures()
+        results.write_manifest(_machine(spec))
+        try:
+            cpus = _cpus(spec)
+            with cluster(spec.cluster.address, max(cpus, os.cpu_count() or 1), spec.cluster.dashboard) as dashboard:
+                if dashboard:
+                    progress.note(f"Ray dashboard: http://{dashboard}")
+                gpus = spec.cluster.evaluators * spec.cluster.gpus_per_evaluator + spec.cluster.gpus_per_editor
+                wait_for(cpus, gpus, spec.cluster.wait, progress.note)
+                for model in spec.models:
+                    _Run(spec, model, edits, results, progress).go()
+        except (PoolError, NoResources) as error:
+            raise StudyError(str(error)) from error
+        finally:
+            progress.stop()
+        results.compact()
+        complete = not results.failures()
+        results.write_manifest({"complete": complete, "finished": time.time()})
+    return results
+
+
+class _Run:
+    """One base model's part of a study: its editors, its evaluators, its blocks."""
+
+    def __init__(
+        self, spec: StudySpec, model: str, edits: dict[int, Selected], results: Results, progress: Progress
+    ) -> None:
+        self.spec, self.model, self.edits, self.results, self.progress = spec, model, edits, results, progress
+        self.done = results.done()
+        self.works: list[Work] = []
+        self.scored = 0
+        self.total = 0
+        self.seen: set[str] = set()  # units submitted or found done
+        self.cells = [self._cell(m, o) for name, m, o in spec.grid() if name == model]
+
+    def go(self) -> None:
+        """Edit and score until nothing is left to do."""
+        c, spec = self.spec.cluster, self.spec
+        about = (self.model, spec.dtype, _device(spec, c.gpus_per_editor), c.threads)
+        start = partial(editor.start, model=about[0], dtype=about[1], device=about[2], threads=about[3],
+                        gpus=c.gpus_per_editor)  # fmt: skip
+        streams = Streams(start, c.editors, self.cells, self.results.note)
+        about = (self.model, spec.dtype, _device(spec, c.gpus_per_evaluator), c.threads)
+        begin = partial(evaluator.start, model=about[0], dtype=about[1], device=about[2], threads=about[3],
+                        gpus=c.gpus_per_evaluator)  # fmt: skip
+        pool = EvaluatorPool(begin, c.evaluators, c.retries, self.results.note)
+        try:
+            self._feed()
+            self.progress.start({cell.job.cell: spec.snapshots[-1] for cell in self.cells}, self._expected())
+            while streams.busy or pool.pending:
+                streams.advance(c.snapshots_in_flight - pool.snapshots)
+                ready, _ = ray.wait([*streams.refs, *pool.refs], timeout=1.0)
+                for ref in ready:
+                    self._take(ref, streams, pool)
+                self._show(pool)
+        finally:
+            streams.close()
+            pool.close()
+
+    def _feed(self) -> None:
+        """Blocks of all benchmarks, and of the probes of every edit order."""
+        spec = self.spec
+        sources = [s for b in spec.benchmarks for s in self._sources(b)]
+        size, batch = spec.scoring.block, spec.scoring.batch
+        self.works, faults = feed(sources, self.model, batch=batch, size=size, cuts=spec.snapshots)
+        for title, fault in sorted(faults.items()):
+            if spec.on_bad_benchmark == "stop":
+                raise SpecError(f"benchmark {title}: {fault}")
+            self.progress.warn(f"benchmark {title} is left out: {fault}")
+            self.results.fail(f"benchmark-{title}", {"benchmark": title, "tries": 1, "reason": fault})
+
+    def _sources(self, part: ComponentSpec) -> Iterator[Source]:
+        about = getattr(names.benchmark(part.name), "about", None)
+        if about == "edits":
+            for order, selected in self.edits.items():
+                yield Source(part.title, part.name, part.settings, order, cases=selected.cases)
+        else:
+            facts = self.edits[0].held_out if about == "held_out" else ()
+            yield Source(part.title, part.name, part.settings, facts=facts)
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+
+    def _take(self, ref: Any, streams: Streams, pool: EvaluatorPool) -> None:
+        if ref not in streams.refs:
+            for outcome in pool.take(ref):
+                self._record(outcome)
+            return
+        news = streams.take(ref)
+        if isinstance(news, Opened):
+            self._opened(news.cell)
+        elif isinstance(news, Made):
+            pool.submit(self._units(news.cell, news.edits))
+        elif isinstance(news, Lost):
+            self.progress.warn(f"{news.cell.job.cell} is given up: {news.reason}")
+            about = {"cell": news.cell.job.cell, "benchmark": "", "tries": 1, "reason": news.reason}
+            self.results.fail(f"cell-{news.cell.job.cell}", about)
+
+    def _opened(self, cell: Streaming) -> None:
+        """Describe the cell: from now on its results can be told from others'."""
+        assert cell.stream is not None
+        known = self.results.cell_about(cell.job.cell).get("stream", {}).get("model")
+        if known is not None and known != cell.stream.model:
+            raise SpecError(
+                f"{self.results.folder}: {self.model} has other weights now than when this study began (digests "
+                f"{known[:12]} and {cell.stream.model[:12]}). Give the study another name, or the old weights back."
+            )
+        number = self.cells.index(cell) + len(self.cells) * self.spec.models.index(self.model)
+        stream = {k: v for k, v in vars(cell.stream).items() if k != "requests"}
+        selected = self.edits[cell.order]
+        about = {
+            "number": number,
+            "model": self.model,
+            "method": cell.method,
+            "order": cell.order,
+            "settings": dict(cell.stream.method),
+            "stream": stream | {"method": dict(cell.stream.method)},
+            "requests": [asdict(r) for r in cell.stream.requests],
+            "dropped": [list(d) for d in selected.dropped],
+            "snapshots": {n: cell.stream.key(n) for n in self.spec.snapshots},
+            "blocks": [w.id for w in self._works(cell.order)],
+        }
+        self.results.write_cell(cell.job.cell, about)
+
+    def _units(self, cell: Streaming, edits: int) -> list[Unit]:
+        """What is not scored yet of a snapshot. The base is scored once for all cells."""
+        assert cell.stream is not None
+        parts = {b.title: b for b in self.spec.benchmarks}
+        key = cell.stream.key(edits)
+        units = []
+        for work in self._works(cell.order):
+            name = content_hash([key, work.id])[:32]
+            if not work.due(edits) or name in self.seen:
+                continue
+            self.seen.add(name)
+            if name in self.done:
+                self.scored += 1
+                continue
+            part = parts[work.benchmark]
+            units.append(
+                Unit(name, key, edits, cell.job.cell, work, part.name, part.settings,
+                     partial(cell.values.__getitem__, edits), partial(cell.restore, edits))
+            )  # fmt: skip
+        return units
+
+    def _record(self, outcome: Done | Failed) -> None:
+        if isinstance(outcome, Done):
+            self.results.add(outcome.about, outcome.scores)
+            self.scored += 1
+            return
+        unit = outcome.unit
+        what = f"{unit.work.benchmark} after {unit.edits} edits"
+        self.progress.warn(f"{what} failed {outcome.tries} times: {outcome.reason}")
+        about = {"cell": unit.cell, "edits": unit.edits, "benchmark": unit.work.benchmark, "tries": outcome.tries}
+        self.results.fail(unit.id, about | {"reason": outcome.reason})
+
+    # --- bookkeeping -------------------------------------------------------------------------------------------------
+
+    def _works(self, order: int) -> list[Work]:
+        return [w for w in self.works if w.order in (-1, order)]
+
+    def _expected(self) -> int:
+        """How many units there are, those done before included."""
+        later = [n for n in self.spec.snapshots if n]
+        edited = sum(w.due(n) for c in self.cells for w in self._works(c.order) for n in later)
+        return edited + len(self.works)
+
+    def _cell(self, method: ComponentSpec, order: int) -> Streaming:
+        name = cell_name(self.model, method, order)
+        requests = tuple(case.request for case in self.edits[order].cases)
+        journal = str((self.results.cell_folder(name) / "journal").resolve())
+        cache = os.environ.get(CACHE) or str(Path.home() / ".cache" / "raysys")
+        job = Job(name, method.name, method.settings, requests, journal, cache, self.spec.seed, self.spec.on_refusal)
+        return Streaming(job, method.title, order, self.spec.snapshots)
+
+    def _show(self, pool: EvaluatorPool) -> None:
+        for cell in self.cells:
+            last = max((int(p.stem) for p in Path(cell.job.journal).glob("[0-9]*.safetensors")), default=0)
+            self.progress.edited(cell.job.cell, last)
+        self.progress.scored(self.scored, self._expected(), pool.busy)
+
+
+def cell_name(model: str, method: ComponentSpec, order: int) -> str:
+    """The name of a cell, fit for a folder."""
+    short = model.rstrip("/").split("/")[-1]
+    return f"{short}-{content_hash(model)[:4]}-{method.title}-{order}"
+
+
+class Selected:
+    """The edits of one order: the cases in it, what was left out and why, and facts that none of them touches."""
+
+    def __init__(
+        self, cases: Sequence[EditCase], dropped: Sequence[tuple[str, str]], held_out: Sequence[Probe]
+    ) -> None:
+        self.cases, self.dropped, self.held_out = tuple(cases), tuple(dropped), tuple(held_out)
+
+
+def select_edits(spec: StudySpec, order: int) -> Selected:
+    """The edits of a study in one order. Raises SpecError naming file, record and field when they can't be used."""
+    choose = import_module("benchmarks.edits").select
+    part = spec.edits
+    try:
+        data = names.build(names.dataset(part.dataset), part.settings, "edits")
+        chosen = choose(data.cases(), part.count, seed=spec.seed, order=order, policy=part.policy)
+        wanted = any(getattr(names.benchmark(b.name), "about", None) == "held_out" for b in spec.benchmarks)
+        held_out = data.held_out(chosen.cases) if wanted and order == 0 else ()
+    except (ValueError, OSError) as error:
+        raise SpecError(str(error)) from error
+    return Selected(chosen.cases, chosen.dropped, held_out)
+
+
+def _cpus(spec: StudySpec) -> int:
+    """Logical CPUs that a study holds: its actors, and two for Ray Data."""
+    return (spec.cluster.evaluators + spec.cluster.editors) * spec.cluster.threads + 2
+
+
+def _device(spec: StudySpec, gpus: float) -> str:
+    if spec.device != "auto":
+        return spec.device
+    return "cuda" if gpus > 0 else "cpu"
+
+
+def _machine(spec: StudySpec) -> dict[str, Any]:
+    """What a reader needs to repeat the run."""
+    packages = ("raysys", "ray", "torch", "transformers", "pyarrow", "datasets", "deepspeed")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "started": time.time(),
+        "complete": False,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "versions": versions,
+        "seed": spec.seed,
+        "study": spec.hash,
+    }

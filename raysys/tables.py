@@ -1,0 +1,155 @@
+"""What the smaller commands print."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from raysys import words
+from raysys.stats import Estimate
+
+if TYPE_CHECKING:
+    from raysys.checks import Single
+    from raysys.local import Reply
+    from raysys.plan import Plan
+    from raysys.runs import Status
+
+Figure = tuple[str, str, Estimate, float | None]  # what, metric, figure, chance
+STATES = {"complete": "green", "running": "cyan", "failed": "red", "stopped": "yellow"}
+
+
+def grid(*columns: str, left: int = 1) -> Table:
+    """A plain table; the first `left` columns hold text, the others numbers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
+    for i, column in enumerate(columns):
+        table.add_column(Text(column), justify="left" if i < left else "right", overflow="fold")
+    return table
+
+
+def facts(pairs: Mapping[str, str]) -> Table:
+    """Names and values."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in pairs.items():
+        table.add_row(Text(name, style="dim"), Text(value))
+    return table
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    """What a study would do."""
+    parts = grid("model", "benchmark", "queries", "blocks", "tokens", "units", "tokens in all", left=2)
+    for p in plan.parts:
+        figures = (p.queries, p.blocks, p.tokens, p.units, p.tokens_in_all)
+        parts.add_row(Text(p.model), Text(p.benchmark), *(number(n) for n in figures))
+    weights = grid("model", "parameters", "one copy", "a rank-one edit", "a dense edit")
+    for w in plan.weights:
+        sizes = map(words.size, (w.bytes, w.rank_one_bytes, w.dense_bytes))
+        weights.add_row(Text(w.model), number(w.parameters), *sizes)
+    weights.caption = Text(
+        "an edit: what it adds to a snapshot for each matrix it changes, dense the most", style="dim"
+    )
+    weights.caption_justify = "left"
+    actors = f"{words.count(plan.editors, 'editor')}, {words.count(plan.evaluators, 'evaluator')}"
+    machines = f"{plan.cpus} CPU threads, {plan.gpus:g} GPUs, {words.size(plan.memory_bytes)} of weights"
+    dropped = f" ({plan.dropped} records left out)" if plan.dropped else ""
+    about = {
+        "results": plan.folder,
+        "edits": f"{number(plan.edits)} in {words.count(plan.cells, 'stream')}{dropped}",
+        "snapshots": ", ".join(map(str, plan.snapshots)),
+        "units": f"{number(plan.units)}, {number(plan.done)} done",
+        "tokens": number(plan.tokens),
+        "actors": f"{actors}: {machines}",
+    }
+    return Group(Text(plan.name, style="bold"), facts(about), Text(""), parts, Text(""), weights)
+
+
+def status_table(status: Status) -> RenderableType:
+    """How far a run is."""
+    about = {"folder": status.folder, "units scored": number(status.units), "failures": str(status.failures)}
+    if status.started:
+        about["started"] = words.moment(status.started)
+    if status.finished and status.state == "complete":
+        about["finished"] = words.moment(status.finished)
+    if status.report:
+        about["report"] = status.report
+    if status.state == "stopped":
+        about["to continue"] = "run it again"
+    table = grid("edit stream", "model", "method", "order", "edits", left=3)
+    for s in status.streams:
+        table.add_row(Text(s.cell), Text(s.model), Text(s.method), str(s.order), f"{s.edits}/{s.wanted}")
+    head = Text.assemble((status.name, "bold"), "  ", (status.state, STATES[status.state]))
+    return Group(head, facts(about), Text(""), table)
+
+
+def runs_table(found: Sequence[Status]) -> RenderableType:
+    """All runs."""
+    table = grid("folder", "state", "models", "methods", "edits", "units", "failures", "started", left=4)
+    for s in found:
+        models, methods = ({getattr(x, k) for x in s.streams} for k in ("model", "method"))
+        edits = f"{sum(x.edits for x in s.streams)}/{sum(x.wanted for x in s.streams)}"
+        started = words.moment(s.started) if s.started else ""
+        table.add_row(
+            Text(s.folder), Text(s.state, style=STATES[s.state]), Text(", ".join(sorted(models))),
+            Text(", ".join(sorted(methods))), edits, str(s.units), str(s.failures), started,
+        )  # fmt: skip
+    return table
+
+
+def replies_table(prompt: str, replies: Sequence[Reply]) -> RenderableType:
+    """Answers side by side."""
+    table = grid("after", prompt, left=2)
+    for reply in replies:
+        who = f"{reply.cell}, {words.count(reply.edits, 'edit')}" if reply.cell else "base model"
+        table.add_row(Text(who), Text(reply.text.strip()) if reply.text.strip() else Text("(empty)", style="dim"))
+    return table
+
+
+def world_table(rows: Sequence[Figure]) -> RenderableType:
+    """The figures of the world's model."""
+    table = grid("", "metric", "per cent", "±", "items", "chance", left=2)
+    for what, metric, figure, chance in rows:
+        guessed = "" if chance is None else words.percent(chance)
+        width = words.half(figure).removeprefix("±")
+        table.add_row(Text(what), Text(metric), words.percent(figure.mean), width, number(figure.n), guessed)
+    return table
+
+
+def world_row(row: Figure) -> dict[str, Any]:
+    """One of them as plain data."""
+    what, metric, figure, chance = row
+    return {"what": what, "metric": metric, "mean": figure.mean, "n": figure.n, "chance": chance}
+
+
+def singles_tree(found: Sequence[Single], shares: Mapping[str, float]) -> dict[str, Any]:
+    """Single edits as plain data."""
+    refused = Counter(s.refused for s in found if s.refused)
+    return {
+        "edits": len(found),
+        "refused": dict(refused),
+        "seconds_per_edit": fmean(s.seconds for s in found) if found else None,
+        "largest_miss": max((s.miss for s in found), default=None),
+        "shares": dict(shares),
+    }
+
+
+def singles_table(title: str, tree: Mapping[str, Any]) -> RenderableType:
+    """Single edits for people."""
+    shares = tree["shares"]
+    table = grid("probe", "P(right) > P(wrong)", "greedy answer")
+    for kind in dict.fromkeys(name.partition("/")[0] for name in shares):
+        table.add_row(kind, *(words.percent(shares[f"{kind}/{way}"]) for way in ("likelier", "greedy")))
+    about = {"edits": str(tree["edits"]), "seconds an edit": f"{tree['seconds_per_edit'] or 0:.2f}"}
+    about["largest miss"] = f"{tree['largest_miss'] or 0:.1e} (worn matrix against the value it should give)"
+    about |= {f"refused {n}": reason for reason, n in tree["refused"].items()}
+    return Group(Text(title, style="bold"), facts(about), Text(""), table)
+
+
+def number(n: int) -> str:
+    """With thin blanks between thousands."""
+    return f"{n:,}".replace(",", "\u202f")

@@ -1,0 +1,158 @@
+"""How figures and settings read in terminal and page alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
+from typing import Any
+
+from raysys.stats import Budget, Difference, Estimate, Verdict
+from raysys.summary import Metric, Point
+
+MINUS = "\u2212"
+SIGNS = {"kept": "✓", "open": "?", "lost": "✗", "collapsed": "⊘"}
+ABOUT = {
+    "efficacy": "The prompt of the edit itself.",
+    "paraphrase": "The edited fact, asked in other words.",
+    "neighbourhood": "Facts about other subjects, which must stay as they were.",
+    "portability": "What follows from the edited fact.",
+}
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """0.712 -> "71.2"; no sign, so that columns stay narrow."""
+    return f"{share * 100:.{digits}f}" if math.isfinite(share) else "–"
+
+
+def points(share: float) -> str:
+    """A signed difference in points: "+0.3", "−8.0", "0.0"."""
+    if not math.isfinite(share):
+        return "–"
+    text = f"{abs(share) * 100:.1f}"
+    return text if text == "0.0" else ("+" if share > 0 else MINUS) + text
+
+
+def half(estimate: Estimate) -> str:
+    """Half the interval, in points; "" where it is unknown."""
+    return f"±{estimate.half * 100:.1f}" if math.isfinite(estimate.half) else ""
+
+
+def share(estimate: Estimate) -> str:
+    """A mean with its uncertainty: "71.2% ±4.9"."""
+    return f"{percent(estimate.mean)}% {half(estimate)}".strip()
+
+
+def span(change: Difference) -> str:
+    """The interval of a change."""
+    return f"[{points(change.low)}, {points(change.high)}]"
+
+
+def title(metric: Metric) -> str:
+    """A metric in a heading: the benchmark alone for its accuracy."""
+    benchmark, name = metric
+    return benchmark if name == "accuracy" else f"{benchmark} {name.replace('/', ' ')}"
+
+
+def hover(who: str, point: Point) -> str:
+    """All there is to say about one point of a curve, a line each."""
+    lines = [f"{who}, {count(point.edits, 'edit')}", share(point.estimate)]
+    if point.change:
+        lines.append(f"{points(point.change.mean)} points against the base {span(point.change)}")
+    if point.collapse:
+        lines.append(f"collapsed: {point.collapse}")
+    return "\n".join([*lines, count(point.estimate.n, "item")])
+
+
+def verdict(v: Verdict) -> str:
+    """One benchmark at one snapshot in words."""
+    if v.state == "collapsed":
+        return f"{v.benchmark}: collapsed"
+    end = {"kept": "kept", "lost": "lost", "open": "not decided"}[v.state]
+    if v.needed and v.needed > v.change.n:
+        end += f", about {count(v.needed, 'item')} would"
+    return f"{v.benchmark} {points(v.change.mean)} {span(v.change)}: {end}"
+
+
+def stops(budget: Budget) -> list[Verdict]:
+    """What ended a budget, the worst first."""
+    rank = {"collapsed": 0, "lost": 1, "open": 2, "kept": 3}
+    return sorted(budget.stops, key=lambda v: (rank[v.state], v.change.mean))
+
+
+def count(n: int, thing: str) -> str:
+    """ "1 edit", "1 000 edits"."""
+    return f"{n:,} {thing}{'' if n == 1 else 's'}".replace(",", "\u202f")
+
+
+def seconds(t: float) -> str:
+    """ "0.8 s", "42 s", "3 min 05 s", "2 h 10 min"."""
+    if t < 10:
+        return f"{t:.1f} s"
+    if t < 120:
+        return f"{t:.0f} s"
+    minutes, rest = divmod(round(t), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(n: float) -> str:
+    """Bytes: "60 KB", "13.4 GB"."""
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "bytes" or n >= 100 else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"
+
+
+def moment(unix: float) -> str:
+    """A time, in UTC."""
+    return datetime.fromtimestamp(unix, timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def flat(tree: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, str]]:
+    """Nested settings as ("a.b", "value") pairs; times are written out."""
+    for name, value in tree.items():
+        path = f"{above}.{name}" if above else str(name)
+        if isinstance(value, Mapping):
+            yield from flat(value, path)
+        elif isinstance(value, list | tuple):
+            yield path, ", ".join(map(str, value)) or "none"
+        elif isinstance(value, float) and value > 1e9:
+            yield path, moment(value)
+        else:
+            yield path, str(value)
+
+
+def toml(tree: Mapping[str, Any]) -> str:
+    """Plain data as TOML: values first, then tables, then arrays of tables. Absent values (None) are left out."""
+    return "\n".join(_table(tree, "")).strip() + "\n"
+
+
+def _table(tree: Mapping[str, Any], path: str) -> list[str]:
+    values = {k: v for k, v in tree.items() if v is not None}
+    tables = {k: v for k, v in values.items() if isinstance(v, Mapping)}
+    arrays = {k: v for k, v in values.items() if isinstance(v, list | tuple) and v and isinstance(v[0], Mapping)}
+    lines = [f"{_key(k)} = {_value(v)}" for k, v in values.items() if k not in tables and k not in arrays]
+    for name, inner in tables.items():
+        lines += ["", f"[{path}{_key(name)}]", *_table(inner, f"{path}{_key(name)}.")]
+    for name, items in arrays.items():
+        for item in items:
+            lines += ["", f"[[{path}{_key(name)}]]", *_table(item, f"{path}{_key(name)}.")]
+    return lines
+
+
+def _key(name: str) -> str:
+    return name if name and all(c.isalnum() or c in "_-" for c in name) and name.isascii() else _value(name)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+        return '"' + "".join(escapes.get(c, c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}") for c in value) + '"'
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_value(v) for v in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_key(k)} = {_value(v)}" for k, v in value.items() if v is not None) + "}"
+    return repr(value)

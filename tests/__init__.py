@@ -1,0 +1,1 @@
+"""Tests mirror the tree; contracts/ tests every method and every benchmark alike."""

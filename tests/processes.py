@@ -1,0 +1,36 @@
+"""Processes below a given one, by name, read from /proc: so that tests end only what they started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def below(root: int) -> dict[int, str]:
+    """Every living descendant of process `root`: pid -> command line."""
+    parents: dict[int, int] = {}
+    names: dict[int, str] = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            stat = (entry / "stat").read_text()
+            names[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue  # it ended meanwhile
+        state, parent = stat.rpartition(")")[2].split()[:2]
+        if state != "Z":
+            parents[int(entry.name)] = int(parent)
+    found: dict[int, str] = {}
+    queue = [root]
+    while queue:
+        above = queue.pop()
+        for pid, parent in parents.items():
+            if parent == above and pid not in found:
+                found[pid] = names[pid]
+                queue.append(pid)
+    return found
+
+
+def actors(root: int, kind: str) -> list[int]:
+    """Pids of the Ray actors of class `kind` that live below process `root`, oldest first."""
+    return sorted(pid for pid, name in below(root).items() if name.startswith(f"ray::{kind}"))
