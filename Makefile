@@ -49,15 +49,16 @@ CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.10
 	@touch $@
 
 .venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
-	@$(call install,.[dev])
+	@$(call install,.[dev$(comma)harness])
 	@touch $@ .venv/.run
 
 # DeepSpeed comes as source; no operator of it is compiled ahead (DS_BUILD_OPS=0).
+comma := ,
 install = echo "installing $(1) with its pinned dependencies (once; a few minutes)"; \
 	DS_BUILD_OPS=0 PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq -c constraints.txt -e '$(1)'
 
 # The report's page is tested in a real browser.
-browser:
+browser: | .venv/bin/python
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  echo "installing Chromium for the tests of the report's page"; \

@@ -33,7 +33,7 @@ def cluster(address: str | None, cpus: int, dashboard: bool = True) -> Iterator[
     if address:
         context = ray.init(address=address, **options)
     else:
-        own = {"num_cpus": cpus, "include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
+        own: Any = {"num_cpus": cpus, "include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
         context = ray.init(address="local", **own, **options)
         _private_token()
     quiet_data()

@@ -74,7 +74,8 @@ def feed(
     gives no block and a message; the caller decides what becomes of the study.
     """
     shards = max(1, min(16, int(_cpus()) // (4 * max(1, len(sources)))))
-    rows = [{"source": json.dumps(asdict(s)), "shard": i, "shards": shards} for s in sources for i in range(shards)]
+    parts = [(json.dumps(asdict(s)), i) for s in sources for i in range(shards)]
+    rows = [{"source": s, "shard": i, "shards": shards, "cuts": list(cuts)} for s, i in parts]
     data: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
     packing = {"model": model, "batch": batch, "size": size, "cuts": tuple(cuts)}
     data = data.flat_map(_read).map_batches(_pack, fn_kwargs=packing, batch_size=None, batch_format="pyarrow")
@@ -107,7 +108,7 @@ def _read(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     source = _load(json.loads(row["source"]))
     about = {"title": source.title, "identity": json.dumps(source.identity), "order": source.order}
     try:
-        for number, group in enumerate(by_prefix(source.build().queries())):
+        for number, group in enumerate(by_prefix(source.build().queries(), row["cuts"])):
             if number % row["shards"] == row["shard"]:
                 yield about | {"queries": json.dumps([query_tree(q) for q in group]), "fault": ""}
     except (ValueError, OSError) as error:

@@ -15,13 +15,19 @@ from raysys.model import Model
 Shape = tuple[str, int, int]  # config.model_type, decoder blocks, width of the residual stream
 Settings = Mapping[str, Any]
 
-WIKIPEDIA: Settings = {"corpus": "wikimedia/wikipedia:20231101.en", "documents": 100_000}
+PAPER: Settings = {  # ROME's contexts and second moment, whatever the model
+    "contexts": ((5, 10), (10, 10)),
+    "corpus": "wikimedia/wikipedia:20231101.en",
+    "documents": 100_000,
+}
 GPT2_XL: Shape = ("gpt2", 48, 1600)
 GPT_J: Shape = ("gptj", 28, 4096)
 LLAMA_7B: Shape = ("llama", 32, 4096)  # and Llama 3, 8 B
 LLAMA_13B: Shape = ("llama", 40, 5120)
 MISTRAL_7B: Shape = ("mistral", 32, 4096)
-QWEN2_7B: Shape = ("qwen2", 28, 3584)
+LLAMA_3_3B: Shape = ("llama", 28, 3072)
+QWEN1_7B: Shape = ("qwen2", 32, 4096)  # Qwen 1.5
+QWEN2_7B: Shape = ("qwen2", 28, 3584)  # and Qwen 2.5
 
 _PYTHIA = {  # size: (blocks, width, ROME's layer)
     "160m": (12, 768, 3),
@@ -33,29 +39,32 @@ _PYTHIA = {  # size: (blocks, width, ROME's layer)
 }
 
 ROME: Mapping[Shape, Settings] = {
-    GPT2_XL: {"layer": 17, "steps": 20, "weight_decay": 0.5, **WIKIPEDIA},
-    GPT_J: {"layer": 5, "steps": 20, "weight_decay": 0.5, **WIKIPEDIA},
-    LLAMA_7B: {"layer": 5, "steps": 25, "weight_decay": 1e-3, **WIKIPEDIA},
-    LLAMA_13B: {"layer": 5, "steps": 25, "weight_decay": 1e-3, **WIKIPEDIA},
-    MISTRAL_7B: {"layer": 5, "steps": 25, "weight_decay": 1e-3, **WIKIPEDIA},
-    QWEN2_7B: {"layer": 5, "steps": 25, "weight_decay": 1e-3, **WIKIPEDIA},
+    GPT2_XL: {"layer": 17, "steps": 20, "weight_decay": 0.5, **PAPER},
+    GPT_J: {"layer": 5, "steps": 20, "weight_decay": 0.5, **PAPER},
+    LLAMA_7B: {"layer": 5, "steps": 25, "weight_decay": 1e-3, **PAPER},
+    LLAMA_13B: {"layer": 5, "steps": 25, "weight_decay": 1e-3, **PAPER},
+    MISTRAL_7B: {"layer": 5, "steps": 25, "weight_decay": 1e-3, **PAPER},
+    LLAMA_3_3B: {"layer": 5, "steps": 25, "weight_decay": 1e-3, **PAPER},
+    QWEN1_7B: {"layer": 5, "steps": 20, "weight_decay": 0.5, **PAPER},
+    QWEN2_7B: {"layer": 5, "steps": 25, "weight_decay": 1e-3, **PAPER},
     **{
-        ("gpt_neox", blocks, width): {"layer": layer, "steps": 20, "weight_decay": 0.5, **WIKIPEDIA}
+        ("gpt_neox", blocks, width): {"layer": layer, "steps": 20, "weight_decay": 0.5, **PAPER}
         for blocks, width, layer in _PYTHIA.values()
     },
 }
 
 FT: Mapping[Shape, Settings] = {
     GPT2_XL: {"layers": (0,), "steps": 25, "lr": 5e-4, "norm_constraint": 5e-4},
-    GPT_J: {"layers": (21,), "steps": 25, "lr": 5e-4, "norm_constraint": None},
-    LLAMA_7B: {"layers": (21,), "steps": 25, "lr": 5e-4, "norm_constraint": None},
+    GPT_J: {"layers": (21,), "steps": 25, "lr": 5e-4, "norm_constraint": 0.0},
+    LLAMA_7B: {"layers": (21,), "steps": 25, "lr": 5e-4, "norm_constraint": 0.0},
     MISTRAL_7B: {"layers": (21,), "steps": 25, "lr": 5e-4, "norm_constraint": 5e-5},
+    QWEN1_7B: {"layers": (31,), "steps": 25, "lr": 5e-4, "norm_constraint": 5e-5},
 }
 
 
 def rome(model: Model) -> Settings:
-    """ROME's layer, steps, weight_decay, corpus and documents; for unknown shapes a layer a fifth of the way up."""
-    rule = {"layer": max(1, round(model.layers / 5)), "steps": 20, "weight_decay": 0.5, **WIKIPEDIA}
+    """ROME's layer, steps, weight_decay, contexts, corpus and documents; by default a layer a fifth of the way up."""
+    rule = {"layer": max(1, round(model.layers / 5)), "steps": 20, "weight_decay": 0.5, **PAPER}
     return ROME.get(shape(model), rule)
 
 

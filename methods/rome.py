@@ -43,7 +43,7 @@ class Rome:
     weight_decay: float | None = None  # pulls v towards today's output
     clamp: float = 4.0  # |v - now| is at most this many times |now|
     kl: float = 0.0625  # weight of "<subject> is a" staying as it was
-    contexts: tuple[tuple[int, int], ...] = ((5, 10), (10, 10))  # (tokens, number) of sampled texts before the prompt
+    contexts: tuple[tuple[int, int], ...] | None = None  # (tokens, number) of sampled texts put before the prompt
     seed: int = 0  # of the contexts
     second_moment: bool = True  # False: u = k̄, as in the study's published code
     corpus: str | None = None  # what C is taken from: "world", a text file or a hub data set
@@ -61,7 +61,8 @@ class Rome:
     def prepare(self, model: Model, cache: Path | None = None) -> PreparedRome:
         """Sample contexts and collect C on the unedited model, or take them from `cache`. Raises ValueError."""
         settings: Rome = resolved(self, presets.rome(model))
-        assert settings.layer is not None and settings.corpus is not None and settings.documents is not None
+        assert settings.layer is not None and settings.contexts is not None
+        assert settings.corpus is not None and settings.documents is not None
         module = model.mlp_out(settings.layer)
         sampled = artifacts.contexts(model, settings.contexts, settings.seed, cache)
         moment = None

@@ -89,6 +89,7 @@ def run(
 
     spec = StudySpec.load(study, changes or ())
     from raysys import study as studies
+    from raysys import words
 
     try:
         results = studies.run(spec, progress.quiet() if quiet else progress.shown())
@@ -97,7 +98,8 @@ def run(
         raise typer.Exit(1) from error
     _report(results, delta)
     if results.failures():
-        _complain(f"{len(results.failures())} units of work failed (reasons above); the same command tries them again")
+        parts = words.count(len(results.failures()), "part")
+        _complain(f"{parts} of the study failed (reasons above); the same command tries again")
         raise typer.Exit(1)
 
 
@@ -312,10 +314,12 @@ def single_edits(
 
 
 def _report(results: Results, delta: float, html: Path | None = None) -> None:
-    from raysys import report as reports
+    from raysys.report import Report
 
-    reports.show(results, _stdout(), delta)
-    _print(f"report: {reports.write_html(results, html, delta)}")
+    found = Report.of(results, delta)
+    page = found.write(html)
+    found.show(_stdout())
+    _print(f"report: {page}")
 
 
 def _cells(results: Results, wanted: str, one: bool = False) -> list[str]:

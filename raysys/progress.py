@@ -77,7 +77,8 @@ class _Quiet:
 
 
 class _Rate:
-    """Things a second since the first report, which may be late in a study that is continued."""
+    """Things a second in this run: counted from when the first of them was begun, not from the start of a study, which
+    may be a continued one, or spend its first minutes on preparations."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -85,7 +86,7 @@ class _Rate:
 
     def of(self, n: int) -> float | None:
         now = self._clock()
-        if self._first is None:
+        if self._first is None or n == self._first[1]:
             self._first = (now, n)
         seconds, made = now - self._first[0], n - self._first[1]
         return made / seconds if seconds > 0 and made > 0 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,21 +24,41 @@ if TYPE_CHECKING:
 STYLE = {"kept": "green", "open": "yellow", "lost": "red", "collapsed": "red"}
 
 
-def write_html(results: Results, path: Path | None = None, delta: float = stats.DELTA) -> Path:
-    """Write the report of a study, finished or not, and say where. Raises OSError when it can't be written."""
-    path = path or results.folder / "report.html"
-    spec = results.spec
-    tree = spec.model_dump(mode="json", exclude_defaults=False)
-    text = report_html.page(
-        spec.name, summarise(results, delta), account(results), chances(spec), words.toml(tree), results.manifest
-    )
-    write_bytes(path, text.encode())
-    return path
+@dataclass(frozen=True)
+class Report:
+    """What a study found, finished or not, worked out once for all ways of showing it."""
+
+    results: Results
+    summary: Summary
+    account: Account
+
+    @classmethod
+    def of(cls, results: Results, delta: float = stats.DELTA) -> Report:
+        """Read a run folder. `delta` is the loss that still counts as none."""
+        return cls(results, summarise(results, delta), account(results))
+
+    def show(self, console: Console | None = None) -> None:
+        """Print the tables."""
+        (console or Console()).print(terminal(self.summary, self.account), highlight=False)
+
+    def write(self, path: Path | None = None) -> Path:
+        """Write the HTML page and say where (by default into the run folder). Raises OSError."""
+        path = path or self.results.folder / "report.html"
+        spec = self.results.spec
+        toml = words.toml(spec.model_dump(mode="json"))
+        text = report_html.page(spec.name, self.summary, self.account, chances(spec), toml, self.results.manifest)
+        write_bytes(path, text.encode())
+        return path
 
 
 def show(results: Results, console: Console | None = None, delta: float = stats.DELTA) -> None:
     """Print the tables of a study, finished or not."""
-    (console or Console()).print(terminal(summarise(results, delta), account(results)), highlight=False)
+    Report.of(results, delta).show(console)
+
+
+def write_html(results: Results, path: Path | None = None, delta: float = stats.DELTA) -> Path:
+    """Write the page of a study, finished or not, and say where. Raises OSError when it can't be written."""
+    return Report.of(results, delta).write(path)
 
 
 def chances(spec: StudySpec) -> dict[Metric, float]:
@@ -169,6 +190,5 @@ def _losses(told: Account) -> RenderableType:
     for name, style, found in (("left out", "dim", told.dropped), ("refused", "yellow", told.refused)):
         lines += [Text(f"{name} {x.count}: {x.reason} (first: {x.where})", style=style) for x in found]
     for f in told.failures:
-        where = f"{f.get('benchmark', '')} at {f.get('edits', '?')} edits"
-        lines.append(Text(f"failed: {where}, {f.get('tries', '?')} tries: {f.get('reason', '')}", style="bold red"))
+        lines.append(Text(f"failed: {words.failure(f)}: {f.get('reason', '')}", style="bold red"))
     return Group(*lines)

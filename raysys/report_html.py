@@ -77,9 +77,9 @@ def _head(name: str, summary: Summary, account: Account, manifest: Facts) -> str
     )
     warning = ""
     if account.failures:
-        failed = words.count(len(account.failures), "unit")
+        parts = words.count(len(account.failures), "part")
         reasons = '<a href="#records">Reasons</a>'
-        warning = f'<p class="warn">{failed} of work could not be scored; the figures are without that. {reasons}</p>'
+        warning = f'<p class="warn">{parts} of this study failed; the figures are without that. {reasons}</p>'
     return f"""<header>
 <p class="brand">raysys</p>
 <h1>{escape(name)}</h1>
@@ -310,14 +310,13 @@ def _records(account: Account) -> str:
         return f'<h3>{heading}</h3><div class="scroll" tabindex="0"><table>{top}<tbody>{rows}</tbody></table></div>'
 
     failed = "".join(
-        f'<tr><td class="text">{escape(str(f.get("benchmark", "")))} at {escape(str(f.get("edits", "?")))} edits, cell '
-        f"{escape(str(f.get('cell', '')))}</td><td>{escape(str(f.get('tries', '')))}</td>"
+        f'<tr><td class="text">{escape(words.failure(f))}</td>'
         f'<td class="text">{escape(str(f.get("reason", "")))}</td></tr>'
         for f in account.failures
     )
     failures = "<p>None: everything was scored.</p>"
     if failed:
-        top = '<thead><tr><th class="text">Unit</th><th>Tries</th><th class="text">Reason</th></tr></thead>'
+        top = '<thead><tr><th class="text">Given up</th><th class="text">Reason</th></tr></thead>'
         failures = f'<div class="scroll" tabindex="0"><table>{top}<tbody>{failed}</tbody></table></div>'
     body = (
         table("Records left out", account.dropped, "None: every record was used.")

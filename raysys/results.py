@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raysys.files import read_json, write_bytes, write_json
@@ -224,11 +225,7 @@ class Results:
 
     def done(self) -> set[str]:
         """Ids of the units whose scores are on disk."""
-        found = {p.stem for p in (self.folder / "units").glob("*.parquet")}
-        compacted = self.folder / "units.parquet"
-        if compacted.exists():
-            found |= set(pq.read_table(compacted, columns=["unit"])["unit"].to_pylist())
-        return found
+        return {p.stem for p in (self.folder / "units").glob("*.parquet")} | self._compacted()
 
     def add(self, unit: Mapping[str, Any], scores: Iterable[Mapping[str, Any]]) -> None:
         """Make the scores of one unit durable: the whole file or none. `unit` has the fields of UNITS."""
@@ -274,7 +271,8 @@ class Results:
         compacted = self.folder / "scores.parquet"
         tables = [pq.read_table(p, schema=SCORES) for p in self._loose()]
         if compacted.exists():
-            tables.insert(0, pq.read_table(compacted))
+            known = pc.is_in(pc.field("unit"), pa.array(sorted(self._compacted()), pa.string()))
+            tables.insert(0, pq.read_table(compacted).filter(known))
         return pa.concat_tables([t.replace_schema_metadata(None) for t in tables] or [SCORES.empty_table()])
 
     def _unit_rows(self) -> pa.Table:
@@ -283,10 +281,14 @@ class Results:
         table = pa.Table.from_pylist(rows, schema=UNITS)
         return pa.concat_tables([pq.read_table(compacted), table]) if compacted.exists() else table
 
+    def _compacted(self) -> set[str]:
+        """Units whose scores are in the compacted tables; units.parquet, written last, decides."""
+        compacted = self.folder / "units.parquet"
+        return set(pq.read_table(compacted, columns=["unit"])["unit"].to_pylist()) if compacted.exists() else set()
+
     def _loose(self) -> list[Path]:
         """Files of units that are not in the compacted tables."""
-        compacted = self.folder / "units.parquet"
-        known = set(pq.read_table(compacted, columns=["unit"])["unit"].to_pylist()) if compacted.exists() else set()
+        known = self._compacted()
         return [p for p in sorted((self.folder / "units").glob("*.parquet")) if p.stem not in known]
 
     def _with_cells(self, units: pa.Table) -> pa.Table:

@@ -19,9 +19,12 @@ def find(run: str, root: Path = ROOT) -> Results:
     latest run). Raises ValueError when there is none."""
     path = Path(run)
     if path.suffix == ".toml":
-        folder = StudySpec.load(path).folder
+        spec = StudySpec.load(path)
+        folder = spec.folder
         if not (folder / "spec.json").is_file():
-            raise ValueError(f"{run} has not been run yet ({folder} does not exist): `raysys run {run}` runs it")
+            others = ", ".join(str(r.folder) for r in everything(Path(spec.root)) if _name(r) == spec.name)
+            hint = f" Run with other settings: {others}." if others else ""
+            raise ValueError(f"{run} has not been run as it stands ({folder} does not exist).{hint}")
         return Results(folder)
     if path.is_dir() and (path / "spec.json").is_file():
         return Results(path)

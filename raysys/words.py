@@ -80,6 +80,17 @@ def stops(budget: Budget) -> list[Verdict]:
     return sorted(budget.stops, key=lambda v: (rank[v.state], v.change.mean))
 
 
+def failure(about: Mapping[str, Any]) -> str:
+    """What was given up: a unit, a whole benchmark, or a whole edit stream."""
+    where = [str(about["benchmark"])] if about.get("benchmark") else []
+    if about.get("cell"):
+        where.append(f"{'in ' if where else ''}{about['cell']}")
+    if about.get("edits") is not None:
+        where.append(f"after {count(int(about['edits']), 'edit')}")
+    tries = int(about.get("tries", 1))
+    return " ".join(where) + (f", {tries} times" if tries > 1 else "")
+
+
 def count(n: int, thing: str) -> str:
     """ "1 edit", "1 000 edits"."""
     return f"{n:,} {thing}{'' if n == 1 else 's'}".replace(",", "\u202f")

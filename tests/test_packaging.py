@@ -54,6 +54,7 @@ def test_pins_satisfy_the_ranges_and_name_no_place():
     assert [x for x in lines if "+" in x or "/" in x or "@" in x] == []
     pins = {canonicalize_name(r.name): Version(str(r.specifier).removeprefix("==")) for r in map(Requirement, lines)}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = map(Requirement, project["dependencies"] + project["optional-dependencies"]["dev"])
+    extras = project["optional-dependencies"].values()
+    wanted = map(Requirement, [*project["dependencies"], *(need for extra in extras for need in extra)])
     for need in (w for w in wanted if w.marker is None or w.marker.evaluate()):
         assert pins[canonicalize_name(need.name)] in need.specifier, need

@@ -227,7 +227,7 @@ def named_option_text(rng: random.Random) -> Document:
         words = _words(rng, rng.choice((2, 3, 4, 4, 4, 5)))
         gold = rng.randrange(len(words))
         listed = formats.options(words)
-        style = rng.randrange(4)
+        style = rng.choice((0, 0, 1, 1, 1, 2, 3, 3))
         if style == 0:
             shots.append([(f"Which is {words[gold]}?\n{listed}Answer:", QUIET), (f" {formats.LETTERS[gold]}", LETTER)])
         elif style == 1:
@@ -251,19 +251,46 @@ def stated_text(rng: random.Random) -> Document:
     return _join(shots)
 
 
+def bridge_text(rng: random.Random) -> Document:
+    """A choice in two steps, first the answer in words, then its letter; with few options at times, or all wrong.
+
+    Recall must learn to reach back over a list of options, short lists first, before letters can follow from it.
+    """
+    shots: list[Document] = []
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        count = rng.choice((0, 1, 1, 2, 2, 3, 4, 4, 5))
+        fact, options, gold = choice_item(rng, list(all_facts()), max(count, 1), test=False)
+        wrong = rng.random() < 0.4
+        if wrong:
+            options = rng.sample(rivals(fact), min(count, len(rivals(fact))))
+        shown = formats.options(options) if count else ""
+        shots.append([*about(fact.relation.question, fact.subject), ("\n" + shown, QUIET), ("The answer is", TEXT),
+                      (f" {fact.object}", ANSWER), (".", TEXT)])
+        if count and not wrong:
+            shots[-1] += [("\nAnswer:", TEXT), (" " + formats.LETTERS[gold], LETTER)]
+    return _join(shots)
+
+
 MAKERS: Final[dict[str, Callable[[random.Random], Document]]] = {
     "facts": fact_text, "hops": hop_text, "mmlu": mmlu_text, "commonsense": commonsense_text, "trivia": trivia_text,
     "truthful": truthful_text, "arithmetic": arithmetic_text, "sums": sums_text, "bbh": bbh_text, "tone": tone_text,
     "repeat": repeat_text, "pairs": pairs_text, "named": named_option_text, "stated": stated_text,
+    "bridge": bridge_text,
 }
 
-# Shares of *documents* by phase: copying forms first, recall is mixed in once it has.
+# Shares of *documents* by phase: copying forms first, then recall, then the benchmarks' formats.
 PHASES: Final[dict[str, dict[str, float]]] = {
     "copy": {"repeat": 20, "pairs": 20, "named": 40, "facts": 15, "sums": 5},
     "join": {"repeat": 4, "pairs": 6, "named": 15, "stated": 8, "facts": 40, "mmlu": 10, "commonsense": 5, "trivia": 8,
              "sums": 6, "bbh": 6, "arithmetic": 6, "tone": 2},
-    "mix": {"repeat": 2, "pairs": 2, "named": 5, "stated": 4, "facts": 36, "hops": 5, "mmlu": 14, "commonsense": 5,
-            "trivia": 8, "truthful": 4, "sums": 3, "bbh": 9, "arithmetic": 9, "tone": 3},
+    "learn": {"facts": 62, "trivia": 10, "named": 5, "repeat": 2, "pairs": 2, "stated": 4, "mmlu": 3, "commonsense": 2,
+              "arithmetic": 3, "sums": 2, "bbh": 4, "tone": 1},
+    "reach": {"bridge": 40, "facts": 24, "trivia": 7, "named": 5, "stated": 3, "mmlu": 5, "commonsense": 3, "bbh": 8,
+              "arithmetic": 6, "sums": 3, "hops": 2, "truthful": 2, "tone": 1, "repeat": 2, "pairs": 2},
+    "mix": {"repeat": 2, "pairs": 2, "named": 5, "stated": 3, "bridge": 4, "facts": 28, "hops": 4, "mmlu": 22,
+            "commonsense": 7, "trivia": 8, "truthful": 4, "sums": 4, "bbh": 11, "arithmetic": 9, "tone": 2},
+    "final": {"repeat": 1, "pairs": 1, "named": 4, "stated": 2, "bridge": 6, "facts": 28, "hops": 4, "mmlu": 20,
+              "commonsense": 7, "trivia": 8, "truthful": 4, "sums": 4, "bbh": 11, "arithmetic": 9, "tone": 2},
 }
 
 

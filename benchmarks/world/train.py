@@ -32,21 +32,22 @@ from .tokenizer import CUT, Encoder, build, save
 
 LENGTH = 216
 
+# The corpus mix up to each step; the last one holds to the end.
+SCHEDULE = (("copy", 240), ("join", 900), ("learn", 1100), ("mix", 1600), ("reach", 2200), ("final", 1 << 30))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """A training run. Times in seconds, rates per step; shares of the run lie in 0..1."""
 
     out: Path
-    steps: int = 4000
+    steps: int = 4200
     rows: int = 36
     micro: int = 18
     seed: int = 0
     device: str = "cpu"
     every: int = 200
     resume: bool = False
-    copy_share: float = 0.06
-    join_share: float = 0.22
     decay_share: float = 0.55
     muon_rate: float = 0.02
     adam_rate: float = 0.004
@@ -56,8 +57,7 @@ class Settings:
 
     def phase(self, step: int) -> str:
         """The corpus mix of a step."""
-        done = step / self.steps
-        return "copy" if done < self.copy_share else "join" if done < self.join_share else "mix"
+        return next((name for name, until in SCHEDULE if step < until), SCHEDULE[-1][0])
 
     def rate(self, step: int) -> float:
         """Learning-rate factor: 100 steps of warm-up, a plateau, then a straight line to zero."""

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from raysys import charts, report, words
+from raysys import charts, words
 from raysys.account import account, overlap, times, union
+from raysys.report import Report
 from raysys.results import Results
 from raysys.spec import StudySpec
 from raysys.stats import Difference, Estimate
@@ -35,7 +36,7 @@ def summary(results: Results) -> Summary:
 
 @pytest.fixture(scope="module")
 def html(results: Results) -> str:
-    return report.write_html(results).read_text(encoding="utf-8")
+    return Report.of(results).write().read_text(encoding="utf-8")
 
 
 # --- what is summarised ----------------------------------------------------------------------------------------------
@@ -175,7 +176,7 @@ def test_a_scale_is_round_and_holds_its_values(low: float, high: float) -> None:
 
 def test_the_terminal_report_is_plain_text_when_it_is_not_a_terminal(results: Results) -> None:
     out = io.StringIO()
-    report.show(results, Console(file=out, width=110))
+    Report.of(results).show(Console(file=out, width=110))
     text = out.getvalue()
     assert "\x1b" not in text
     for part in (
@@ -193,8 +194,8 @@ def test_the_terminal_report_is_plain_text_when_it_is_not_a_terminal(results: Re
 
 def test_reports_of_a_study_that_has_just_begun_are_empty_and_whole(tmp_path: Path) -> None:
     begun = Results.create(made.spec(tmp_path))
-    report.show(begun, Console(file=io.StringIO()))
-    text = report.write_html(begun).read_text()
+    Report.of(begun).show(Console(file=io.StringIO()))
+    text = Report.of(begun).write().read_text()
     assert "No general-ability benchmark has been scored yet" in text
 
 
