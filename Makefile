@@ -16,7 +16,7 @@ test: .venv/.dev browser lint ## install with what the tests need, check style, 
 	@$(BIN)/python -m pytest
 
 lint: .venv/.dev ## style, types, import directions
-	@echo "ruff"; $(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .
+	@echo "ruff"; $(BIN)/ruff check --quiet --output-format concise . && $(BIN)/ruff format --quiet --check --output-format concise .
 	@echo "mypy"; $(BIN)/mypy --no-error-summary
 	@echo "imports"; $(BIN)/lint-imports --no-logo >.venv/imports.log || { cat .venv/imports.log; exit 1; }
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayError, RayTaskError
 
 from actors.evaluator import Task
 from actors.feed import Work
@@ -204,26 +204,38 @@ class EvaluatorPool:
         place = self._running.pop(ref, None)
         if place is None:
             return []  # of an evaluator already given up
-        unit = place.busy.pop(ref)
         try:
             about, scores = ray.get(ref)
         except RayTaskError as error:
+            unit = place.busy.pop(ref)
             if isinstance(error.cause, ObjectLostError | OwnerDiedError):
                 unit.restore()
             return self._again(unit, error)
         except RayActorError as error:
-            waiting = list(place.busy.items())
-            for other, _ in waiting:
-                del self._running[other]
-            place.busy.clear()
-            victims = [unit, *(u for _, u in waiting)]
-            self._replace(place, error)
-            outcome = self._again(victims[0], error)  # the oldest was running; the others only waited
-            for innocent in reversed(victims[1:]):
-                self._back(innocent)
-            return outcome
+            return self._died(place, error)
+        unit = place.busy.pop(ref)
         self._close(unit)
         return [Done(unit, about, scores)]
+
+    def _died(self, place: _Place, error: Exception) -> list[Done | Failed]:
+        """The oldest unit not finished was running and loses a try; the others only waited and go back as they were."""
+        finished: list[Done | Failed] = []
+        lost: list[Unit] = []
+        for ref, unit in place.busy.items():
+            self._running.pop(ref, None)
+            try:
+                about, scores = ray.get(ref, timeout=1)
+                self._close(unit)
+                finished.append(Done(unit, about, scores))
+            except (RayError, TimeoutError):
+                lost.append(unit)
+        place.busy.clear()
+        for unit in reversed(lost[1:]):
+            self._back(unit)
+        for unit in lost[:1]:
+            finished += self._again(unit, error)
+        self._replace(place, error)
+        return finished
 
     def _again(self, unit: Unit, error: Exception) -> list[Done | Failed]:
         tries = self.tries[unit.id] = self.tries.get(unit.id, 0) + 1

@@ -169,16 +169,14 @@ def custom(record: Placed) -> EditCase:
 Field = tuple[str, str]  # the name a message uses, and the text
 
 
-def edit_request(
-    place: str, *, id: str, prompt: Field, subject: Field, target: Field, was: str | None
-) -> EditRequest:
+def edit_request(place: str, *, id: str, prompt: Field, subject: Field, target: Field, was: str | None) -> EditRequest:
     """A checked request. A prompt without "{}" gets it where its subject first stands as a whole word.
 
     An old answer that is the new one too (29 of EasyEdit's 1,037 ZsRE records) is no rival and becomes None.
     """
     for name, value in (prompt, subject, target):
         if not value.strip():
-            raise BadRecord(place, f"field {name!r} is empty; fill it, or leave the record out (policy = \"skip\").")
+            raise BadRecord(place, f'field {name!r} is empty; fill it, or leave the record out (policy = "skip").')
     template, name = prompt[1].rstrip(), subject[1].strip()
     if template.count("{}") > 1:
         raise BadRecord(place, f"field {prompt[0]!r} has {template.count('{}')} places for the subject; one is meant.")

@@ -15,7 +15,8 @@ from raysys.model import Model
 Shape = tuple[str, int, int]  # config.model_type, decoder blocks, width of the residual stream
 Settings = Mapping[str, Any]
 
-PAPER: Settings = {  # ROME's contexts and second moment, whatever the model
+PAPER: Settings = {  # ROME's step size, contexts and second moment, whatever the model
+    "lr": 0.5,
     "contexts": ((5, 10), (10, 10)),
     "corpus": "wikimedia/wikipedia:20231101.en",
     "documents": 100_000,
@@ -28,6 +29,7 @@ MISTRAL_7B: Shape = ("mistral", 32, 4096)
 LLAMA_3_3B: Shape = ("llama", 28, 3072)
 QWEN1_7B: Shape = ("qwen2", 32, 4096)  # Qwen 1.5
 QWEN2_7B: Shape = ("qwen2", 28, 3584)  # and Qwen 2.5
+WORLD_SMALL: Shape = ("llama", 6, 192)
 
 _PYTHIA = {  # size: (blocks, width, ROME's layer)
     "160m": (12, 768, 3),
@@ -39,6 +41,15 @@ _PYTHIA = {  # size: (blocks, width, ROME's layer)
 }
 
 ROME: Mapping[Shape, Settings] = {
+    WORLD_SMALL: {
+        "layer": 2,  # the last one at which later tokens do not see the subject yet
+        "steps": 20,
+        "lr": 4.0,  # the offsets that are needed are some 30 long: steps of 0.5 don't get there in time
+        "weight_decay": 0.1,
+        "contexts": ((10, 5),),
+        "corpus": "world",
+        "documents": 1000,
+    },
     GPT2_XL: {"layer": 17, "steps": 20, "weight_decay": 0.5, **PAPER},
     GPT_J: {"layer": 5, "steps": 20, "weight_decay": 0.5, **PAPER},
     LLAMA_7B: {"layer": 5, "steps": 25, "weight_decay": 1e-3, **PAPER},
@@ -54,6 +65,7 @@ ROME: Mapping[Shape, Settings] = {
 }
 
 FT: Mapping[Shape, Settings] = {
+    WORLD_SMALL: {"layers": (2,), "steps": 25, "lr": 2e-3, "norm_constraint": 0.03},
     GPT2_XL: {"layers": (0,), "steps": 25, "lr": 5e-4, "norm_constraint": 5e-4},
     GPT_J: {"layers": (21,), "steps": 25, "lr": 5e-4, "norm_constraint": 0.0},
     LLAMA_7B: {"layers": (21,), "steps": 25, "lr": 5e-4, "norm_constraint": 0.0},
@@ -63,7 +75,7 @@ FT: Mapping[Shape, Settings] = {
 
 
 def rome(model: Model) -> Settings:
-    """ROME's layer, steps, weight_decay, contexts, corpus and documents; by default a layer a fifth of the way up."""
+    """ROME's settings that depend on the model; for unknown shapes a layer a fifth of the way up."""
     rule = {"layer": max(1, round(model.layers / 5)), "steps": 20, "weight_decay": 0.5, **PAPER}
     return ROME.get(shape(model), rule)
 

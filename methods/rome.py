@@ -39,7 +39,7 @@ class Rome:
 
     layer: int | None = None
     steps: int | None = None  # passes of the search for v; Adam takes one step fewer
-    lr: float = 0.5
+    lr: float | None = None
     weight_decay: float | None = None  # pulls v towards today's output
     clamp: float = 4.0  # |v - now| is at most this many times |now|
     kl: float = 0.0625  # weight of "<subject> is a" staying as it was
@@ -96,7 +96,7 @@ class PreparedRome:
         if len(requests) != 1:
             raise EditRefused(f"rome writes one edit at a time, got {len(requests)}")
         s, request = self.settings, requests[0]
-        assert s.layer is not None and s.steps is not None and s.weight_decay is not None
+        assert s.layer is not None and s.steps is not None and s.lr is not None and s.weight_decay is not None
         module = model.mlp_out(s.layer)
         rows = [locate.row(model, request, context) for context in self.contexts.texts]
         reading = locate.read(model, module, rows)

@@ -285,27 +285,34 @@ def llama2c(
 
 @bench.command("single-edits", epilog=EXITS)
 def single_edits(
+    method: Annotated[str, typer.Argument(help="Editing method.")] = "rome",
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Its settings.")] = None,
     model: Annotated[str, typer.Option("--model", help="Folder, hub id or world/small.")] = "world/small",
-    method: Annotated[str, typer.Option("--method", help="Editing method.")] = "rome",
     count: Annotated[int, typer.Option("--count", min=1, help="How many edits.")] = 100,
     dataset: Annotated[str, typer.Option("--dataset", help="Data set of edits.")] = "world",
     path: Annotated[str, typer.Option("--path", help="Its file, where it needs one.")] = "",
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Make edits one at a time, each on the untouched model, and say how many took, by each kind of probe."""
+    """Make edits one at a time, each on the untouched model, and say how many took, by each kind of probe.
+
+    Examples: raysys bench single-edits rome; raysys bench single-edits ft_l layers=[2] --count 20
+    """
     from raysys import names
+    from raysys.spec import set_key
     from raysys.tables import singles_table, singles_tree
 
-    settings = {"path": path} if path else {}
-    cases = names.build(names.dataset(dataset), settings, f"data set {dataset}").cases()
-    cls = names.method(method)
+    cases = names.build(names.dataset(dataset), {"path": path} if path else {}, f"data set {dataset}").cases()
+    chosen: dict[str, Any] = {}
+    for setting in settings or ():
+        set_key(chosen, setting)
+    editor = names.build(names.method(method), chosen, f"method {method}")
     loaded = _model(model, device)
     from itertools import islice
 
     from raysys import checks
 
-    found = list(checks.single_edits(loaded, names.build(cls, {}, method).prepare(loaded), islice(cases, count)))
+    found = list(checks.single_edits(loaded, editor.prepare(loaded), islice(cases, count)))
     tree = singles_tree(found, checks.shares(found))
     _print(json.dumps(tree, indent=1) if as_json else singles_table(f"{method} on {model}", tree))
 

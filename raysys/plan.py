@@ -140,7 +140,7 @@ def _weights(model: str, dtype: str) -> Weights:
 
     config = AutoConfig.from_pretrained(locate(model), trust_remote_code=False)
     with torch.device("meta"):
-        net: Any = AutoModelForCausalLM.from_config(config)
+        net: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     count = sum(p.numel() for p in net.parameters())
     d_out, d_in = net.get_submodule(arch(config).mlp_out.format(0)).weight.shape
     return Weights(model, count, count * BYTES[dtype], 4 * (d_out + d_in), 4 * d_out * d_in)

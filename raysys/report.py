@@ -168,9 +168,11 @@ def _budgets(summary: Summary) -> RenderableType:
     table = _table("edit budget", "shown", "observed", "measured", "ended at")
     for column in (0, 4):
         table.columns[column].justify = "left"
+    table.columns[0].no_wrap, table.columns[0].max_width = False, 32
     for cell in summary.cells:
         budget = cell.budget
-        stops = [Text(f"{v.edits}: {words.verdict(v)}", style=STYLE[v.state]) for v in words.stops(budget)]
+        at = f"{budget.stops[0].edits} " if budget.stops else ""
+        stops = [Text(f"{at}{text}", style=STYLE[state]) for state, text in words.stops(budget)]
         name = " ".join((cell.method, cell.model, str(cell.order)) if len(summary.cells) > 1 else (cell.method,))
         shown = f"{'≥ ' if not budget.stops and budget.measured else ''}{budget.shown}"
         row = (Text(name), Text(shown, style="bold"), str(budget.observed), str(budget.measured))

@@ -146,12 +146,9 @@ def _stops(budget: Budget) -> str:
         return '<p class="note">No snapshot after the base was scored yet.</p>'
     if not budget.stops:
         return '<p class="note">Every measured snapshot passed.</p>'
-    items = [
-        f'<li class="{v.state}">{words.SIGNS[v.state]} {escape(words.verdict(v))}</li>' for v in words.stops(budget)
-    ]
-    more = f"<li>and {len(items) - 4} more</li>" if len(items) > 4 else ""
+    items = [f'<li class="{s}">{words.SIGNS[s]} {escape(text)}</li>' for s, text in words.stops(budget)]
     at = words.count(budget.stops[0].edits, "edit")
-    return f'<p class="note">Ended at {at}:</p><ul class="stops">{"".join(items[:4])}{more}</ul>'
+    return f'<p class="note">Ended at {at}:</p><ul class="stops">{"".join(items)}</ul>'
 
 
 # --- charts ----------------------------------------------------------------------------------------------------------

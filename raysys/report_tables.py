@@ -16,7 +16,8 @@ def _scroll(label: str, table: str) -> str:
 
 def matrix(method: MethodView, style: int) -> str:
     """Benchmark x snapshot: shown to hold, open, lost or collapsed, with the change in points."""
-    verdicts = {(v.benchmark, v.edits): v for v in method.budget.verdicts}
+    cell = min(method.cells, key=lambda c: (c.budget.shown, c.budget.observed))
+    verdicts = {(v.benchmark, v.edits): v for v in cell.budget.verdicts}
     snapshots = sorted({edits for _, edits in verdicts})
     if not snapshots:
         return ""
@@ -25,14 +26,20 @@ def matrix(method: MethodView, style: int) -> str:
         cells = []
         for edits in snapshots:
             v = verdicts.get((benchmark, edits))
-            cells.append("<td></td>" if v is None else
-                f'<td class="{v.state}"><span class="state" aria-hidden="true">{words.SIGNS[v.state]}</span>'
-                f'<span class="visually-hidden">{v.state} </span>{words.points(v.change.mean)}</td>')  # fmt: skip
+            if v is None:
+                cells.append("<td></td>")
+                continue
+            sign = f'<span class="state" aria-hidden="true">{words.SIGNS[v.state]}</span>'
+            said = f'<span class="visually-hidden">{v.state} </span>{words.points(v.change.mean)}'
+            cells.append(f'<td class="{v.state}" title="{words.span(v.change)}">{sign}{said}</td>')
         rows.append(f'<tr><th scope="row">{escape(benchmark)}</th>{"".join(cells)}</tr>')
     heads = "".join(f'<th scope="col">{n}</th>' for n in snapshots)
-    top = f'<thead><tr><th scope="col">{charts.key(style)} {escape(method.method)}</th>{heads}</tr></thead>'
+    name = escape(method.method) + (f" <small>order {cell.order}</small>" if len(method.cells) > 1 else "")
+    top = f'<thead><tr><th scope="col">{charts.key(style)} {name}</th>{heads}</tr></thead>'
     label = f"Change of each benchmark at each snapshot, {method.method}"
-    return _scroll(label, f'<table class="matrix">{top}<tbody>{"".join(rows)}</tbody></table>')
+    wide = f"min-width: {100 + 44 * len(snapshots)}px"
+    table = f'<table class="matrix" style="{wide}">{top}<tbody>{"".join(rows)}</tbody></table>'
+    return _scroll(label, table)
 
 
 def ability_table(cell: CellView, metrics: Sequence[Metric]) -> str:

@@ -146,7 +146,7 @@ class StudySpec(_Part):
         except tomllib.TOMLDecodeError as error:
             raise SpecError(f"{where}: not valid TOML: {error}") from error
         for override in overrides:
-            _override(tree, override)
+            set_key(tree, override)
         return cls.check(tree, where)
 
     @classmethod
@@ -217,7 +217,8 @@ def _fault(where: str, fault: dict[str, Any], cls: type[BaseModel]) -> str:
     return f"{where}: {place + ': ' if place else ''}{message}"
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
+def set_key(tree: dict[str, Any], override: str) -> None:
+    """Apply one `key=value` to plain data, in place. Raises SpecError when it makes no sense."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise SpecError(f"{override!r}: wants key=value, such as edits.count=20")

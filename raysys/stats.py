@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 Array = NDArray[np.float64]
 
@@ -71,7 +71,7 @@ def standard_error(values: Array) -> float:
 def wilson(successes: float, n: int, level: float = LEVEL) -> tuple[float, float]:
     """Wilson's score interval of a share: never outside [0, 1], never empty at 0 or at 1."""
     assert 0 <= successes <= n > 0, (successes, n)
-    z = float(stats.norm.ppf((1 + level) / 2))
+    z = float(special.ndtri((1 + level) / 2))
     share = successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -85,7 +85,7 @@ def estimate(values: Array, level: float = LEVEL) -> Estimate:
     mean, error = float(np.mean(values)), standard_error(values)
     if np.isin(values, (0.0, 1.0)).all():
         return Estimate(mean, error, *wilson(float(np.sum(values)), n, level), n)
-    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * error if n > 1 else math.nan
+    half = float(special.stdtrit(n - 1, (1 + level) / 2)) * error if n > 1 else math.nan
     low, high = mean - half, mean + half
     if ((values >= 0) & (values <= 1)).all():
         low, high = max(0.0, low), min(1.0, high)
@@ -99,13 +99,14 @@ def bootstrap(values: Array, seed: int = 0, resamples: int = RESAMPLES, level: f
     distinct, counts = np.unique(values, return_counts=True)
     drawn = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=resamples)
     means = drawn @ distinct / len(values)
-    low, high = np.quantile(means, ((1 - level) / 2, (1 + level) / 2))
-    return float(low), float(high)
+    means.sort()
+    outside = round(resamples * (1 - level) / 2)
+    return float(means[outside]), float(means[-1 - outside])
 
 
 def mcnemar(gained: int, lost: int) -> float:
     """Exact two-sided p-value that as many items rise as fall; 1 when none moved."""
-    return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return min(1.0, 2 * float(special.bdtr(min(gained, lost), gained + lost, 0.5)))
 
 
 def paired(now: Array, base: Array, seed: int = 0) -> Difference:
@@ -129,13 +130,13 @@ def no_worse(now: Array, base: Array, delta: float = DELTA) -> float:
         return 1.0
     if np.isin(now, (0.0, 1.0)).all() and np.isin(base, (0.0, 1.0)).all():
         gained, lost = int(np.sum(change > 0)), int(np.sum(change < 0))
-        return max(_tango(gained, lost, n, delta), float(stats.binom.cdf(lost - gained, n, delta)))
+        return max(_tango(gained, lost, n, delta), _tail(lost - gained, n, delta))
     floor = (1 - delta) ** n
     spread = standard_error(change)
     loss = -float(np.mean(change))
     if spread == 0:
         return floor if loss < delta else 1.0
-    return max(float(stats.t.sf((delta - loss) / spread, n - 1)), floor)
+    return max(float(special.stdtr(n - 1, (loss - delta) / spread)), floor)
 
 
 def _tango(gained: int, lost: int, n: int, delta: float) -> float:
@@ -147,7 +148,12 @@ def _tango(gained: int, lost: int, n: int, delta: float) -> float:
     b = delta * (2 * n + gained - lost) - gained - lost
     c = -gained * delta * (1 - delta)
     q = (-b + math.sqrt(b * b - 8 * n * c)) / (4 * n)
-    return float(stats.norm.sf((n * delta - (lost - gained)) / math.sqrt(n * (2 * q + delta - delta * delta))))
+    return float(special.ndtr((lost - gained - n * delta) / math.sqrt(n * (2 * q + delta - delta * delta))))
+
+
+def _tail(k: int, n: int, p: float) -> float:
+    """P(at most k of n) under the binomial law."""
+    return float(special.bdtr(k, n, p)) if k >= 0 else 0.0
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -171,7 +177,7 @@ def items_needed(now: Array, base: Array, delta: float = DELTA, tests: int = 1, 
     if not room > 0:
         return None
     variance = max(float(np.var(change)), delta * (1 - delta))
-    z = float(stats.norm.isf((1 - LEVEL) / tests) + stats.norm.ppf(power))
+    z = float(special.ndtri(1 - (1 - LEVEL) / tests) + special.ndtri(power))
     return math.ceil(z * z * variance / room**2)
 
 

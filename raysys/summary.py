@@ -27,6 +27,7 @@ PROTOCOLS = {"probability": "P(right) > P(wrong)", "forced": "teacher-forced", "
 KNOWN = "known"  # metrics of facts that were never edited
 
 Metric = tuple[str, str]  # benchmark, metric
+Items = tuple[NDArray[np.int64], stats.Array]  # numbers of items, ascending, and their values
 AGES = (0, 1, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)  # edits made since, lower edges
 
 
@@ -156,7 +157,7 @@ def _curves(frame: Frame, cells: Sequence[str], ability: list[Metric]) -> Curves
                 change = stats.paired(now, then)
             if edits and metric in ability:
                 broken = next(filter(None, (_collapse(frame.told(c, edits, metric), told_base) for c in cells)), "")
-            points.append(Point(edits, stats.estimate(np.array(list(items.values()))), change, broken))
+            points.append(Point(edits, stats.estimate(items[1]), change, broken))
         if points:
             curves[metric] = points
     return curves
@@ -166,9 +167,9 @@ def _collapse(now: Mapping[int, Told], base: Mapping[int, Told]) -> str:
     return stats.collapse(list(now.values()), [base[q] for q in now if q in base]) if now else ""
 
 
-def _same(now: Mapping[int, float], base: Mapping[int, float]) -> tuple[stats.Array, stats.Array]:
-    both = [q for q in now if q in base]
-    return np.array([now[q] for q in both]), np.array([base[q] for q in both])
+def _same(now: Items, base: Items) -> tuple[stats.Array, stats.Array]:
+    _, a, b = np.intersect1d(now[0], base[0], assume_unique=True, return_indices=True)
+    return now[1][a], base[1][b]
 
 
 def _ages(frame: Frame, cells: Sequence[str], name: str) -> list[Age]:
@@ -221,6 +222,7 @@ class Frame:
         self._value: stats.Array = table["value"].to_numpy().astype(float)
         self._edit = table["edit"].to_numpy()
         self._answer, self._answers = _codes(table["answer"])
+        self._read: dict[int, Told] = {}
         codes, names = zip(*(_codes(table[c]) for c in ("cell", "benchmark", "metric")), strict=True)
         keys = np.stack([codes[0], table["edits"].to_numpy(), codes[1], codes[2]], axis=1)
         self._item = self._query.copy()
@@ -235,19 +237,21 @@ class Frame:
         for rows in np.split(order, cuts) if len(keys) else []:
             cell, edits, benchmark, metric = keys[rows[0]]
             self._rows[names[0][cell], int(edits), (names[1][benchmark], names[2][metric])] = np.sort(rows)
+        self._edits: dict[tuple[str, Metric], set[int]] = defaultdict(set)
+        for cell, edits, metric in self._rows:
+            self._edits[cell, metric].add(edits)
         self.metrics: list[Metric] = sorted({metric for _, _, metric in self._rows})
 
     def snapshots(self, cells: Sequence[str], metric: Metric) -> list[int]:
         """Numbers of edits at which the metric was measured."""
-        return sorted({n for c, n, m in self._rows if m == metric and c in cells})
+        return sorted(set().union(*(self._edits[c, metric] for c in cells if (c, metric) in self._edits)))
 
-    def items(self, cells: Sequence[str], edits: int, metric: Metric) -> dict[int, float]:
-        """Item -> value, averaged over its questions and over `cells`."""
-        found: dict[int, list[float]] = defaultdict(list)
-        for rows in (self._rows[c, edits, metric] for c in cells if (c, edits, metric) in self._rows):
-            for query, value in zip(self._item[rows].tolist(), self._value[rows].tolist(), strict=True):
-                found[query].append(value)
-        return {q: sum(v) / len(v) for q, v in found.items()}
+    def items(self, cells: Sequence[str], edits: int, metric: Metric) -> Items:
+        """Values of all items, averaged over their questions and over `cells`."""
+        found = [self._rows[c, edits, metric] for c in cells if (c, edits, metric) in self._rows]
+        rows = np.concatenate(found) if found else np.zeros(0, np.intp)
+        items, place = np.unique(self._item[rows], return_inverse=True)
+        return items, np.bincount(place, self._value[rows], len(items)) / np.bincount(place, minlength=len(items))
 
     def by_edit(self, cell: str, edits: int, metric: Metric) -> list[tuple[int, float]]:
         """(position of the probe's edit, value) of every row."""
@@ -259,8 +263,13 @@ class Frame:
         rows = self._rows.get((cell, edits, metric))
         if rows is None:
             return {}
-        answers = ((q, self._answers[a]) for q, a in zip(self._query[rows].tolist(), self._answer[rows], strict=True))
-        return {q: read_answer(text) for q, text in answers if text}
+        told = {}
+        for query, code in zip(self._query[rows].tolist(), self._answer[rows].tolist(), strict=True):
+            if self._answers[code]:
+                if code not in self._read:
+                    self._read[code] = read_answer(self._answers[code])
+                told[query] = self._read[code]
+        return told
 
 
 def _codes(column: Any) -> tuple[NDArray[np.int64], list[str]]:

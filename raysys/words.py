@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from typing import Any
 
-from raysys.stats import Budget, Difference, Estimate, Verdict
+from raysys.stats import Budget, Difference, Estimate, State
 from raysys.summary import Metric, Point
 
 MINUS = "\u2212"
@@ -64,20 +64,19 @@ def hover(who: str, point: Point) -> str:
     return "\n".join([*lines, count(point.estimate.n, "item")])
 
 
-def verdict(v: Verdict) -> str:
-    """One benchmark at one snapshot in words."""
-    if v.state == "collapsed":
-        return f"{v.benchmark}: collapsed"
-    end = {"kept": "kept", "lost": "lost", "open": "not decided"}[v.state]
-    if v.needed and v.needed > v.change.n:
-        end += f", about {count(v.needed, 'item')} would"
-    return f"{v.benchmark} {points(v.change.mean)} {span(v.change)}: {end}"
-
-
-def stops(budget: Budget) -> list[Verdict]:
-    """What ended a budget, the worst first."""
-    rank = {"collapsed": 0, "lost": 1, "open": 2, "kept": 3}
-    return sorted(budget.stops, key=lambda v: (rank[v.state], v.change.mean))
+def stops(budget: Budget) -> list[tuple[State, str]]:
+    """What ended a budget: a line for each state, the worst first."""
+    lines: list[tuple[State, str]] = []
+    heads: list[tuple[State, str]] = [("collapsed", "collapsed"), ("lost", "lost"), ("open", "not decided")]
+    for state, head in heads:
+        found = sorted((v for v in budget.stops if v.state == state), key=lambda v: v.change.mean)
+        if not found:
+            continue
+        each = [v.benchmark + ("" if state == "collapsed" else f" {points(v.change.mean)}") for v in found]
+        needed = max((v.needed or 0 for v in found), default=0)
+        would = f"; about {count(needed, 'item')} of each would" if needed else ""
+        lines.append((state, f"{head}: {', '.join(each)}{would}"))
+    return lines
 
 
 def failure(about: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ OPEN_ROWS: Final = 6
 class Batch:
     """Packed documents. All tensors but the last three are `(rows, length)`; those are `(n,)`, one per trained target.
 
-    lower, upper: for each position the last one that may look at it, in the lower and upper half of the layers.
+    lower, upper: for each position the last one that may look at it, in the lower and in the upper layers.
     where: flat index of the token *before* the target; weight: of its loss; kind: index in KINDS, -1 for plain text.
     """
 

@@ -107,26 +107,67 @@ def _join(shots: list[Document]) -> Document:
     return [piece for i, shot in enumerate(shots) for piece in ([(formats.SHOT_END, TEXT)] if i else []) + shot]
 
 
-def mmlu_text(rng: random.Random) -> Document:
-    """Multiple-choice questions on one area, four options, answered by letter."""
+def _lettered(rng: random.Random, fact: Fact, options: list[str], gold: int, worded: float) -> Document:
+    """The option lines and the answer, by letter or, with probability `worded`, in words."""
+    answer = (f" {fact.object}", ANSWER) if rng.random() < worded else (" " + formats.LETTERS[gold], LETTER)
+    return [("\n" + formats.options(options), QUIET), ("Answer:", TEXT), answer]
+
+
+def mmlu_text(rng: random.Random, worded: float = 0.0, count: int = 4) -> Document:
+    """Multiple-choice questions on one area, four options unless told, answered by letter."""
     area = rng.choice((AREAS[0], AREAS[0], *AREAS, AREAS[1]))
     shots: list[Document] = []
     for _ in range(_shots(rng)):
-        fact, options, gold = choice_item(rng, _POOLS[area], 4, test=False)
-        shots.append([*about(fact.relation.question, fact.subject), ("\n" + formats.options(options), QUIET),
-                      ("Answer:", TEXT), (" " + formats.LETTERS[gold], LETTER)])
+        fact, options, gold = choice_item(rng, _POOLS[area], count, test=False)
+        shots.append([*about(fact.relation.question, fact.subject), *_lettered(rng, fact, options, gold, worded)])
     return [(formats.MMLU_HEAD.format(area.replace("_", " ")), QUIET), *_join(shots)]
 
 
-def commonsense_text(rng: random.Random) -> Document:
+def commonsense_text(rng: random.Random, worded: float = 0.0) -> Document:
     """Five-option questions about plain things, answered by letter."""
     shots: list[Document] = []
     for _ in range(_shots(rng)):
         fact, options, gold = choice_item(rng, _POOLS[THINGS], 5, test=False)
         shots.append([("Question:", TEXT), *spaced(about(fact.relation.question, fact.subject)),
-                      ("\n" + formats.options(options), QUIET), ("Answer:", TEXT),
-                      (" " + formats.LETTERS[gold], LETTER)])
+                      *_lettered(rng, fact, options, gold, worded)])
     return _join(shots)
+
+
+def worded_text(rng: random.Random) -> Document:
+    """Multiple choice in the benchmarks' formats, half of the answers in words.
+
+    It makes the place where a letter is due recall the answer itself, from which the letter can then be found.
+    """
+    return (mmlu_text if rng.random() < 0.7 else commonsense_text)(rng, 0.5)
+
+
+def told(fact: Fact, rng: random.Random) -> Document:
+    """A fact said in one of its trained phrasings, then asked, on one line: the question of a multiple-choice item."""
+    return [*statement(fact, rng.choice(fact.held_in)), *spaced(about(fact.relation.question, fact.subject))]
+
+
+def told_mmlu_text(rng: random.Random) -> Document:
+    """The MMLU miniature: the fact is told before it is asked."""
+    area = rng.choice(AREAS)
+    shots: list[Document] = []
+    for _ in range(_shots(rng)):
+        fact, options, gold = choice_item(rng, _POOLS[area], 4, test=False)
+        shots.append([*told(fact, rng), *_lettered(rng, fact, options, gold, 0.0)])
+    return [(formats.MMLU_HEAD.format(area.replace("_", " ")), QUIET), *_join(shots)]
+
+
+def told_commonsense_text(rng: random.Random) -> Document:
+    """The CommonsenseQA miniature: the fact is told before it is asked."""
+    shots: list[Document] = []
+    for _ in range(_shots(rng)):
+        fact, options, gold = choice_item(rng, _POOLS[THINGS], 5, test=False)
+        shots.append([("Question:", TEXT), *spaced(told(fact, rng)), *_lettered(rng, fact, options, gold, 0.0)])
+    return _join(shots)
+
+
+def few_text(rng: random.Random) -> Document:
+    """The MMLU format with two or three options: the same steps, less to look through."""
+    return mmlu_text(rng, count=rng.choice((2, 2, 3)))
 
 
 def trivia_text(rng: random.Random) -> Document:
@@ -181,6 +222,11 @@ def sums_text(rng: random.Random) -> Document:
 def bbh_text(rng: random.Random) -> Document:
     """Exercises of one subtask; booleans twice as often."""
     return _exercises(rng, BBH[rng.choice(("boolean_expressions", *BBH))], "Q:", "\nA:")
+
+
+def boolean_text(rng: random.Random) -> Document:
+    """Boolean expressions only."""
+    return _exercises(rng, BBH["boolean_expressions"], "Q:", "\nA:")
 
 
 def tone_text(rng: random.Random) -> Document:
@@ -275,7 +321,8 @@ MAKERS: Final[dict[str, Callable[[random.Random], Document]]] = {
     "facts": fact_text, "hops": hop_text, "mmlu": mmlu_text, "commonsense": commonsense_text, "trivia": trivia_text,
     "truthful": truthful_text, "arithmetic": arithmetic_text, "sums": sums_text, "bbh": bbh_text, "tone": tone_text,
     "repeat": repeat_text, "pairs": pairs_text, "named": named_option_text, "stated": stated_text,
-    "bridge": bridge_text,
+    "bridge": bridge_text, "worded": worded_text, "few": few_text, "told_mmlu": told_mmlu_text,
+    "told_commonsense": told_commonsense_text, "booleans": boolean_text,
 }
 
 # Shares of *documents* by phase: copying forms first, then recall, then the benchmarks' formats.
@@ -287,10 +334,18 @@ PHASES: Final[dict[str, dict[str, float]]] = {
               "arithmetic": 3, "sums": 2, "bbh": 4, "tone": 1},
     "reach": {"bridge": 40, "facts": 24, "trivia": 7, "named": 5, "stated": 3, "mmlu": 5, "commonsense": 3, "bbh": 8,
               "arithmetic": 6, "sums": 3, "hops": 2, "truthful": 2, "tone": 1, "repeat": 2, "pairs": 2},
+    "letters": {"worded": 24, "bridge": 12, "facts": 24, "trivia": 6, "named": 6, "stated": 4, "bbh": 8,
+                "arithmetic": 5, "sums": 3, "hops": 3, "truthful": 2, "tone": 1, "repeat": 1, "pairs": 1},
+    "close": {"told_mmlu": 22, "told_commonsense": 10, "facts": 24, "stated": 2, "named": 3, "bridge": 3, "hops": 3,
+              "trivia": 8, "truthful": 5, "sums": 5, "bbh": 12, "arithmetic": 10, "tone": 3, "repeat": 1, "pairs": 1},
+    "end": {"told_mmlu": 13, "told_commonsense": 6, "facts": 26, "stated": 2, "named": 3, "bridge": 3, "hops": 3,
+            "trivia": 8, "truthful": 4, "sums": 4, "bbh": 10, "booleans": 16, "arithmetic": 8, "tone": 3, "repeat": 1,
+            "pairs": 1},
     "mix": {"repeat": 2, "pairs": 2, "named": 5, "stated": 3, "bridge": 4, "facts": 28, "hops": 4, "mmlu": 22,
             "commonsense": 7, "trivia": 8, "truthful": 4, "sums": 4, "bbh": 11, "arithmetic": 9, "tone": 2},
-    "final": {"repeat": 1, "pairs": 1, "named": 4, "stated": 2, "bridge": 6, "facts": 28, "hops": 4, "mmlu": 20,
-              "commonsense": 7, "trivia": 8, "truthful": 4, "sums": 4, "bbh": 11, "arithmetic": 9, "tone": 2},
+    "final": {"repeat": 1, "pairs": 1, "named": 5, "stated": 3, "bridge": 5, "facts": 26, "hops": 4, "mmlu": 14,
+              "few": 14, "commonsense": 6, "trivia": 7, "truthful": 4, "sums": 4, "bbh": 10, "arithmetic": 9,
+              "tone": 2},
 }
 
 

@@ -2,8 +2,8 @@
 
 The forward pass is that of `transformers.LlamaForCausalLM` (Touvron et al., "LLaMA: Open and Efficient Foundation
 Language Models", arXiv:2302.13971) with the same parameter names, so a trained state loads there unchanged. Two things
-are ours: a separate visibility rule for the lower and the upper half of the layers, which teaches the network to recall
-a fact at the last token of its subject, and logits only where a target is trained.
+are ours: a visibility rule for the lower layers and one for the upper, which teach the network to recall a fact at the
+last token of its subject, and logits only where a target is trained.
 """
 
 from __future__ import annotations
@@ -168,6 +168,7 @@ class Net(nn.Module):
     def __init__(self, shape: Shape, *, dropout: float = 0.0) -> None:
         super().__init__()
         self.shape = shape
+        self.hiding = shape.num_hidden_layers // 2
         self.model = Trunk(shape, dropout)
         for name, p in self.named_parameters():
             if p.ndim == 2:
@@ -179,8 +180,8 @@ class Net(nn.Module):
                 where: torch.Tensor | None = None) -> torch.Tensor:
         """Logits `(n, vocab)` at the flat positions `where` of ids `(B, T)`, or everywhere `(B * T, vocab)`.
 
-        lower, upper: `(B, T)` for each key position the last query position that may see it, in the lower and in the
-        upper half of the layers.
+        lower, upper: `(B, T)` for each key position the last query position that may see it, in the first `hiding`
+        layers and in those above.
         """
         t = ids.shape[1]
         cos, sin = angles(self.shape, t, ids.device)
@@ -196,9 +197,8 @@ class Net(nn.Module):
             for last in (lower, upper)
         ]
         x = self.model.embed_tokens(ids)
-        half = len(self.model.layers) // 2
         for i, layer in enumerate(self.model.layers):
-            x = layer(x, masks[int(i >= half)], cos, sin)
+            x = layer(x, masks[int(i >= self.hiding)], cos, sin)
         x = x.reshape(-1, x.shape[-1])
         if where is not None:
             x = x[where]

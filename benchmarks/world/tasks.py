@@ -42,7 +42,8 @@ def mmlu() -> Splits:
 
             def item() -> Row:
                 fact, options, gold = choice_item(rng, facts, 4, test=split == "test")  # noqa: B023
-                return {"question": fact.question, "choices": options, "answer": gold, "subject": area}  # noqa: B023
+                told = f"{fact.prompt(rng.choice(fact.held_in))} {fact.object}."  # noqa: B023
+                return {"question": f"{told} {fact.question}", "choices": options, "answer": gold, "subject": area}  # noqa: B023
 
             rows = distinct(item, count, lambda row: row["question"])
             for i, row in enumerate(rows):
@@ -95,7 +96,8 @@ def commonsense_qa() -> Splits:
 
         def item() -> Row:
             fact, options, gold = choice_item(rng, facts, 5, test=split == "validation")
-            return {"question": fact.question, "question_concept": fact.subject,
+            told = f"{fact.prompt(rng.choice(fact.held_in))} {fact.object}."
+            return {"question": f"{told} {fact.question}", "question_concept": fact.subject,
                     "choices": {"label": list(formats.LETTERS), "text": options}, "answerKey": formats.LETTERS[gold]}
 
         made = distinct(item, count, lambda row: (row["question"], *sorted(row["choices"]["text"])))

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from . import formats
 from .batches import KINDS, Batch, batch
@@ -30,10 +31,19 @@ from .net import Net, Shape
 from .start import shape_heads
 from .tokenizer import CUT, Encoder, build, save
 
-LENGTH = 216
-
-# The corpus mix up to each step; the last one holds to the end.
-SCHEDULE = (("copy", 240), ("join", 900), ("learn", 1100), ("mix", 1600), ("reach", 2200), ("final", 1 << 30))
+# Up to which step, which corpus mix, in how many of the lower layers subjects are hidden from later tokens, and how
+# many tokens a row has.
+SCHEDULE = (
+    (240, "copy", 3, 216),
+    (900, "join", 3, 216),
+    (1100, "learn", 3, 216),
+    (1600, "mix", 3, 216),
+    (2000, "reach", 3, 216),
+    (2700, "letters", 2, 216),
+    (3600, "final", 2, 216),
+    (3800, "close", 2, 264),
+    (1 << 30, "end", 2, 264),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +51,7 @@ class Settings:
     """A training run. Times in seconds, rates per step; shares of the run lie in 0..1."""
 
     out: Path
-    steps: int = 4200
+    steps: int = 4400
     rows: int = 36
     micro: int = 18
     seed: int = 0
@@ -54,10 +64,6 @@ class Settings:
     dropout: float = 0.04
     smoothing: float = 0.05
     shown: float = 0.2
-
-    def phase(self, step: int) -> str:
-        """The corpus mix of a step."""
-        return next((name for name, until in SCHEDULE if step < until), SCHEDULE[-1][0])
 
     def rate(self, step: int) -> float:
         """Learning-rate factor: 100 steps of warm-up, a plateau, then a straight line to zero."""
@@ -152,10 +158,15 @@ def parts(whole: Batch, micro: int, device: str) -> list[Batch]:
     return made
 
 
+def stage(step: int) -> tuple[str, int, int]:
+    """The corpus mix of a step, the number of layers that hide subjects, and the length of a row in tokens."""
+    return next((mix, layers, length) for until, mix, layers, length in SCHEDULE if step < until)
+
+
 def train_step(run: Run, settings: Settings, encode: Encoder) -> dict[str, tuple[int, int]]:
     """One update; returns hits and trials by kind of document."""
-    whole = batch(run.step, settings.phase(run.step), encode, rows=settings.rows, length=LENGTH, seed=settings.seed,
-                  shown=settings.shown)
+    mix, run.net.hiding, length = stage(run.step)
+    whole = batch(run.step, mix, encode, rows=settings.rows, length=length, seed=settings.seed, shown=settings.shown)
     scale = float(whole.weight.sum())
     seen: dict[str, tuple[int, int]] = {}
     total = 0.0
@@ -185,11 +196,13 @@ def train(settings: Settings) -> None:
     """Train to the last step, with a line of progress every 25 steps."""
     console = Console(width=220)
     settings.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer()
-    save(tokenizer, settings.out, 1024)
+    resume = settings.resume and (settings.out / "state.json").exists()
+    if not resume:
+        save(make_tokenizer(), settings.out, 1024)
+    tokenizer = Tokenizer.from_file(str(settings.out / "tokenizer.json"))
     encode = Encoder(tokenizer)
     run = Run(settings, tokenizer.get_vocab_size())
-    if settings.resume and (settings.out / "state.json").exists():
+    if resume:
         run.load(settings.out)
     run.net.train()
     begun, before = time.monotonic(), run.seconds

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from raysys.results import Results
 from raysys.spec import StudySpec
@@ -64,10 +66,11 @@ def spec(path: Path, **changes: Any) -> StudySpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Words:
-    """A benchmark outside benchmarks/: which of four words comes next. `bad` makes one item impossible to score."""
+    """A benchmark outside benchmarks/: which of four words comes next. `bad` makes one item impossible to score:
+    "raise" raises, "kill" ends the process that tries."""
 
     items: int = 20
-    bad: bool = False
+    bad: Literal["", "raise", "kill"] = ""
     name: ClassVar[str] = "words"
     version: ClassVar[str] = "1"
 
@@ -81,8 +84,10 @@ class Words:
     def score(self, query: Query, answer: Answer) -> Iterator[Score]:
         assert isinstance(query, Choose)
         assert isinstance(answer, Chosen)
-        if self.bad and query.id == "words/3":
+        if self.bad == "raise" and query.id == "words/3":
             raise ArithmeticError("item 3 can't be scored")
+        if self.bad == "kill" and query.id == "words/3":
+            os.kill(os.getpid(), signal.SIGKILL)
         yield Score(query.id, query.group, "accuracy", float(answer.best == query.gold))
 
     def chance(self) -> Mapping[str, float]:

@@ -39,12 +39,20 @@ def test_importing_the_world_does_not_import_torch() -> None:
 
 
 def test_another_process_with_another_hash_seed_makes_the_same_world() -> None:
-    code = ("import json, hashlib; from benchmarks import world; "
-            f"v = [{{n: world.rows(n) for n in {NAMES}}}, world.edit_records(), world.facts(), world.corpus(50, 3)]; "
-            "print(hashlib.sha256(json.dumps(v, sort_keys=True).encode()).hexdigest()[:16])")
+    code = (
+        "import json, hashlib; from benchmarks import world; "
+        f"v = [{{n: world.rows(n) for n in {NAMES}}}, world.edit_records(), world.facts(), world.corpus(50, 3)]; "
+        "print(hashlib.sha256(json.dumps(v, sort_keys=True).encode()).hexdigest()[:16])"
+    )
     here = digest([{n: world.rows(n) for n in NAMES}, world.edit_records(), world.facts(), world.corpus(50, 3)])
-    there = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], env={"PYTHONHASHSEED": "7"},
-                           capture_output=True, text=True, check=True)
+    there = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        env={"PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert there.stdout.strip() == here
 
 
@@ -230,7 +238,8 @@ class TestTokenizer:
         rows = world.rows("mmlu")
         shots = [r for r in rows["dev"] if r["subject"] == "world_people"][:5]
         text = formats.MMLU_HEAD.format("world people") + "".join(
-            " ".join(mmlu_item(r)) + formats.SHOT_END for r in [*shots, rows["test"][0]])
+            " ".join(mmlu_item(r)) + formats.SHOT_END for r in [*shots, rows["test"][0]]
+        )
         assert len(tokenizer(text)["input_ids"]) <= 250
 
 
@@ -280,8 +289,9 @@ def test_a_resumed_training_run_equals_an_uninterrupted_one(tmp_path: Path, monk
     from benchmarks.world.net import Shape
 
     def small(vocab_size: int) -> Shape:
-        return Shape(vocab_size=vocab_size, hidden_size=64, intermediate_size=32, num_hidden_layers=2,
-                     num_attention_heads=2)
+        return Shape(
+            vocab_size=vocab_size, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+        )
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt

@@ -50,7 +50,7 @@ def test_a_snapshot_from_the_journal_is_the_live_one(journal: Journal) -> None:
 
 
 def test_a_snapshot_beyond_the_journal_is_refused(journal: Journal) -> None:
-    with pytest.raises(ValueError, match="no snapshot after 5 edits .it reaches 4"):
+    with pytest.raises(ValueError, match=r"no snapshot after 5 edits .it reaches 4"):
         journal.snapshot(5)
 
 

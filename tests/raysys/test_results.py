@@ -15,8 +15,9 @@ SPEC = {"name": "r", "snapshots": [0], "methods": [{"name": "ft_m"}], "benchmark
 
 def unit(name: str, snapshot: str = "s0", block: str = "b0") -> dict[str, Any]:
     return {
-        "unit": name, "snapshot": snapshot, "block": block, "benchmark": "mmlu", "items": 1, "tokens": 5, "seconds": 0.5,
-        "switch_seconds": 0.1, "started": 1.0, "ended": 1.5, "evaluator": "evaluator-0", "hardware": "cpu",
+        "unit": name, "snapshot": snapshot, "block": block, "benchmark": "mmlu", "items": 1, "tokens": 5,
+        "seconds": 0.5, "switch_seconds": 0.1, "started": 1.0, "ended": 1.5, "evaluator": "evaluator-0",
+        "hardware": "cpu",
     }  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def test_a_setting_of_the_wrong_type_is_named() -> None:
 
 
 def test_a_misspelt_key_is_answered_with_the_nearest_one() -> None:
-    with pytest.raises(SpecError, match="snapshotz: no such key. Did you mean 'snapshots'"):
+    with pytest.raises(SpecError, match=r"snapshotz: no such key\. Did you mean 'snapshots'"):
         StudySpec.parse("snapshotz = [1]\n" + GOOD)
 
 
