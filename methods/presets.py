@@ -65,7 +65,7 @@ ROME: Mapping[Shape, Settings] = {
 }
 
 FT: Mapping[Shape, Settings] = {
-    WORLD_SMALL: {"layers": (2,), "steps": 25, "lr": 2e-3, "norm_constraint": 0.03},
+    WORLD_SMALL: {"layers": (2,), "steps": 25, "lr": 3e-3, "norm_constraint": 0.05},
     GPT2_XL: {"layers": (0,), "steps": 25, "lr": 5e-4, "norm_constraint": 5e-4},
     GPT_J: {"layers": (21,), "steps": 25, "lr": 5e-4, "norm_constraint": 0.0},
     LLAMA_7B: {"layers": (21,), "steps": 25, "lr": 5e-4, "norm_constraint": 0.0},

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raysys.results import Results
+    from raysys.results import Cell, Results
 
 Interval = tuple[float, float]  # seconds
 
@@ -52,6 +52,17 @@ class Times:
 
 
 @dataclass(frozen=True)
+class Identity:
+    """What decided an edit stream: digest of the base model; the method's settings, none left open, and artifacts; the
+    last snapshot's id, a hash of all of it and of the requests."""
+
+    cell: str
+    model: str
+    method: Mapping[str, Any]
+    snapshot: str
+
+
+@dataclass(frozen=True)
 class Account:
     """Everything but the scores."""
 
@@ -62,12 +73,14 @@ class Account:
     units: int
     edits: int
     tokens: int
+    hardware: list[str]
+    streams: list[Identity]
 
 
 def account(results: Results) -> Account:
     """Read a run folder's accounts, finished or not."""
     edits = results.edits().select(["cell", "edit", "subject", "refused", "started", "ended"]).to_pylist()
-    columns = ["unit", "evaluator", "started", "ended", "tokens"]
+    columns = ["unit", "evaluator", "started", "ended", "tokens", "hardware"]
     units = {u["unit"]: u for u in results.units().select(columns).to_pylist()}
     dropped = dict.fromkeys(_dropped(d) for c in results.cells() for d in c.about.get("dropped", ()))
     refused = [(f"{e['cell']}: edit {e['edit']} ({e['subject']})", e["refused"]) for e in edits if e["refused"]]
@@ -79,7 +92,13 @@ def account(results: Results) -> Account:
     return Account(
         _counted(dropped), _counted(refused), results.failures(), times(busy),
         len(units), len(edits), sum(u["tokens"] or 0 for u in units.values()),
+        sorted({u["hardware"] for u in units.values()}), [_identity(c) for c in results.cells()],
     )  # fmt: skip
+
+
+def _identity(cell: Cell) -> Identity:
+    snapshots = {int(n): key for n, key in cell.about["snapshots"].items()}
+    return Identity(cell.id, cell.about["stream"]["model"], cell.about["stream"]["method"], snapshots[max(snapshots)])
 
 
 def _dropped(entry: Any) -> tuple[str, str]:

@@ -7,9 +7,10 @@ and by the shape of their markers. Hover text is in `data-tip`, shown by report.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 WIDTH, HEIGHT = 360.0, 232.0
 LEFT, RIGHT, TOP, BOTTOM = 44.0, 14.0, 12.0, 44.0
@@ -128,15 +129,36 @@ def plot(name: str, lines: Sequence[Line], axis: Axis, bounds: tuple[float, floa
                  f"{escape(axis.title)}</text>")  # fmt: skip
     if axis.cut is not None:
         parts.append(f'<path class="cut" d="M{x(axis.cut) - 4:.1f} {floor + 4:g}l3 -8m3 8l3 -8"/>')
-    if chance and bottom <= chance <= top:
-        at = y(chance)
-        label_y = at - 4 if at - 14 > TOP else at + 12
-        parts.append(
-            f'<line class="chance" x1="{LEFT:g}" x2="{WIDTH - RIGHT:g}" y1="{at:.1f}" y2="{at:.1f}"/>'
-            f'<text class="tick chance-name" x="{LEFT + 4:g}" y="{label_y:.1f}">chance {chance * 100:.3g}%</text>'
-        )
     bands, strokes = (_band(line, x, y) for line in lines), (_stroke(line, x, y) for line in lines)
-    return "".join([*parts, *bands, *strokes, "</svg>"])
+    guess = _chance(chance, lines, x, y) if chance and bottom <= chance <= top else ""
+    return "".join([*parts, *bands, *strokes, guess, "</svg>"])
+
+
+def _chance(chance: float, lines: Sequence[Line], x: _Map, y: _Map) -> str:
+    """The line of guessing; its name stands where the fewest curves pass."""
+    at, name = y(chance), f"chance {chance * 100:.3g}%"
+    wide = len(name) * LETTER * 0.9
+    passed = [p for line in lines for p in _along([(x(d.x), y(d.y)) for d in line.dots if math.isfinite(d.y)])]
+
+    def crowd(place: tuple[float, float]) -> int:
+        left, base = place
+        return sum(left - 3 <= a <= left + wide + 3 and base - 13 <= b <= base + 4 for a, b in passed)
+
+    lefts = (LEFT + 4, WIDTH - RIGHT - wide - 4, (LEFT + WIDTH - RIGHT - wide) / 2)
+    places = [(left, base) for left in lefts for base in (at - 4, at + 12) if TOP + 8 < base < HEIGHT - BOTTOM - 2]
+    left, base = min(places, key=crowd)
+    return (
+        f'<line class="chance" x1="{LEFT:g}" x2="{WIDTH - RIGHT:g}" y1="{at:.1f}" y2="{at:.1f}"/>'
+        f'<text class="tick halo" x="{left:.1f}" y="{base:.1f}">{name}</text>'
+    )
+
+
+def _along(points: Sequence[tuple[float, float]]) -> Iterator[tuple[float, float]]:
+    """Points on a polyline, a few units apart."""
+    yield from points
+    for (a, b), (c, d) in pairwise(points):
+        steps = max(1, int(math.hypot(c - a, d - b) / 4))
+        yield from ((a + (c - a) * i / steps, b + (d - b) * i / steps) for i in range(1, steps))
 
 
 def _band(line: Line, x: _Map, y: _Map) -> str:

@@ -32,7 +32,7 @@ def page(
         _numbers(summary),
         _records(account),
         _time(account),
-        _repeat(spec_toml, manifest),
+        _repeat(spec_toml, manifest, account),
     ]
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
     return f"""<!doctype html>
@@ -344,10 +344,24 @@ def _time(account: Account) -> str:
     return _section("time", "Time", f'<div class="lanes">{"".join(rows)}{ruler}</div>', note)
 
 
-def _repeat(spec_toml: str, manifest: Facts) -> str:
-    facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in words.flat(manifest))
+def _repeat(spec_toml: str, manifest: Facts, account: Account) -> str:
+    about = {**manifest, **({"hardware": account.hardware} if account.hardware else {})}
+    facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in words.flat(about))
+    streams = "".join(
+        f"<dt>{escape(i.cell)}</dt>"
+        f"<dd>model {i.model[:16]}; {escape(_settings(i.method))}; snapshot {i.snapshot[:16]}</dd>"
+        for i in account.streams
+    )
     body = f"""<p>Save this as <code>study.toml</code>, then <code>raysys run study.toml</code>.
 <button type="button" data-copy="spec" hidden>Copy</button></p>
 <pre id="spec" tabindex="0">{escape(spec_toml)}</pre>
+<h3>What decided the edits</h3><p class="note">Of every edit stream: digest of the base model, the method with all its
+settings and the hashes of its artifacts, and the last snapshot's id. Of hashes the first 16 digits.</p>
+<dl class="facts">{streams or "<dt>nothing was edited yet</dt>"}</dl>
 <h3>What it ran on</h3><dl class="facts">{facts or "<dt>nothing recorded yet</dt>"}</dl>"""
     return _section("repeat", "To repeat this run", body)
+
+
+def _settings(method: Mapping[str, object]) -> str:
+    named = ((name.split(".", 1)[-1], value) for name, value in words.flat(method))
+    return ", ".join(f"{name} {value[:16] if len(value) == 64 else value}" for name, value in named)

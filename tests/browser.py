@@ -63,9 +63,11 @@ class Page:
 
     def shoot(self, path: Path) -> None:
         """A picture of the whole page."""
-        size = self.run("return [document.documentElement.clientWidth, document.documentElement.scrollHeight]")
-        clip = {"x": 0, "y": 0, "width": size[0], "height": size[1], "scale": 1}
-        taken = self.cdp("Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True})
+        width, height = self.run("return [innerWidth, document.documentElement.scrollHeight]")
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.cdp("Emulation.setDeviceMetricsOverride", metrics)  # all of it in view, so that all of it is painted
+        self.run("return new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
+        taken = self.cdp("Page.captureScreenshot", {"captureBeyondViewport": False})
         path.write_bytes(base64.b64decode(taken["data"]))
 
     def cdp(self, command: str, params: dict[str, Any]) -> Any:
