@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,17 @@ class Stream:
 
     def key(self, edits: int) -> str:
         """Identity of the stream after `edits` requests; after none it is the base model's, whatever the method."""
-        if edits == 0:
-            return content_hash(["base", self.model, self.dtype])[:32]
-        requests = [_contents(r) for r in self.requests[:edits]]
-        return content_hash([self.model, self.dtype, dict(self.method), requests, self.seed, self.threads])[:32]
+        return self._keys[edits]
+
+    @cached_property
+    def _keys(self) -> list[str]:
+        """`key` of every number of edits: each hashes the one before and one request more."""
+        keys = [content_hash(["base", self.model, self.dtype])[:32]]
+        link = content_hash([keys[0], dict(self.method), self.seed, self.threads])
+        for request in self.requests:
+            link = content_hash([link, _contents(request)])
+            keys.append(link[:32])
+        return keys
 
 
 @dataclass(frozen=True)
@@ -114,14 +122,14 @@ def make_snapshot(stream: Stream, edits: int, patches: Sequence[Patch], parent: 
     return Snapshot(stream.key(edits), parent, edits, tuple(patches), stream.model)
 
 
-def load_all(folder: Path) -> Iterator[Entry]:
-    """Every entry in a folder, in order, whatever stream it belongs to (for reports)."""
+def load_all(folder: Path, tensors: bool = True) -> Iterator[Entry]:
+    """Every entry in a folder, in order, whatever stream it belongs to; for reports, without its `tensors`."""
     for path in _paths(folder):
-        yield _load(path)[0]
+        yield _load(path, tensors)[0]
 
 
-def _load(path: Path) -> tuple[Entry, dict[str, Any]]:
-    patches, memory, about = read(path)
+def _load(path: Path, tensors: bool = True) -> tuple[Entry, dict[str, Any]]:
+    patches, memory, about = read(path, tensors)
     requests = tuple(EditRequest(**r) for r in about["requests"])
     entry = Entry(
         about["first"], about["last"], patches, memory, requests, about["started"], about["ended"], about["refused"],

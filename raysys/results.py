@@ -198,7 +198,7 @@ class Results:
 
         rows = []
         for cell in self.cells():
-            for entry in load_all(self.cell_folder(cell.id) / "journal"):
+            for entry in load_all(self.cell_folder(cell.id) / "journal", tensors=False):
                 for number, request in enumerate(entry.requests, entry.first + 1):
                     rows.append(
                         {

@@ -96,19 +96,22 @@ def write(path: Path, patches: Sequence[Patch], memory: Mapping[str, Tensor], ab
     write_bytes(path, data)
 
 
-def read(path: Path) -> tuple[tuple[Patch, ...], dict[str, Tensor], dict[str, Any]]:
-    """(patches, memory, description) from a file of `write`. Raises ValueError when it is not one, or is cut short."""
+def read(path: Path, tensors: bool = True) -> tuple[tuple[Patch, ...], dict[str, Tensor], dict[str, Any]]:
+    """(patches, memory, description) from a file of `write`; only the description without `tensors`.
+
+    Raises ValueError when it is not such a file, or is cut short.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["raysys"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            held = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
         if header["format"] != FORMAT:
             raise ValueError(f"{path}: format {header['format']}, this version reads {FORMAT}")
         patches = tuple(
-            rebuild(p["kind"], p["fields"], {name: tensors[f"{i}.{name}"] for name in p["tensors"]})
-            for i, p in enumerate(header["patches"])
+            rebuild(p["kind"], p["fields"], {name: held[f"{i}.{name}"] for name in p["tensors"]})
+            for i, p in enumerate(header["patches"] if tensors else ())
         )
-        memory = {name.removeprefix("memory."): t for name, t in tensors.items() if name.startswith("memory.")}
+        memory = {name.removeprefix("memory."): t for name, t in held.items() if name.startswith("memory.")}
         about: dict[str, Any] = header["about"]
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a whole file of raysys ({error}); remove it, it will be made again") from error

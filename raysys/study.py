@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from importlib import import_module, metadata
 from pathlib import Path
@@ -157,7 +157,7 @@ class _Run:
                 f"{known[:12]} and {cell.stream.model[:12]}). Give the study another name, or the old weights back."
             )
         number = self.cells.index(cell) + len(self.cells) * self.spec.models.index(self.model)
-        stream = {k: v for k, v in vars(cell.stream).items() if k != "requests"}
+        stream = {f.name: getattr(cell.stream, f.name) for f in fields(cell.stream) if f.name != "requests"}
         selected = self.edits[cell.order]
         about = {
             "number": number,

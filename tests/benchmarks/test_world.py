@@ -200,7 +200,8 @@ class TestTokenizer:
     """The shipped tokenizer and the fast encoder used in training."""
 
     @pytest.fixture(scope="class")
-    def tokenizer(self) -> Any:
+    @classmethod
+    def tokenizer(cls) -> Any:
         if not (world.MODEL_DIR / "tokenizer.json").exists():
             pytest.skip("no tokenizer in benchmarks/world/model")
         from transformers import AutoTokenizer
@@ -313,7 +314,8 @@ class TestModel:
     """The shipped model."""
 
     @pytest.fixture(scope="class")
-    def reader(self) -> Any:
+    @classmethod
+    def reader(cls) -> Any:
         from benchmarks.world.check import Reader
 
         return Reader(world.MODEL_DIR)
