@@ -1,7 +1,9 @@
 """The seven miniature benchmarks of the built-in world, row by row in the layouts of the real data sets.
 
-MMLU, CommonsenseQA, TriviaQA and TruthfulQA ask for facts (the options of a test item are never trained together with
-its question); GSM8K, BBH and ToxiGen test skill on exercises held out from training. Rows per split: mmlu 24 dev and
+TriviaQA and TruthfulQA ask for facts from memory. MMLU and CommonsenseQA tell a fact, ask it and want the letter of
+the answer (a model of this size recalls a fact or finds a letter, but not one after the other in a single step); the
+options of a test item are never trained together with its question. GSM8K, BBH and ToxiGen test skill on exercises held
+out from training. Rows per split: mmlu 24 dev and
 280 test, gsm8k 200 and 150, bbh 5 subtasks of 40, commonsense_qa 150 and 150, trivia_qa 200 and 200,
 truthful_qa 120, toxigen 150 and 200.
 """

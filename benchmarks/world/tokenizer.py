@@ -16,15 +16,17 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 SPECIAL: Final = (BOS, EOS, PAD)
 
 # How a byte-level pre-tokenizer cuts text that is ASCII, as ours is: the words below are what BPE sees one by one.
-CUT: Final = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")
+CUT: Final = re.compile(r"\n+|'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|[^\S\n]+(?!\S)|[^\S\n]+")
 
 
 def build(texts: Iterable[str], size: int) -> Tokenizer:
     """Train a byte-level BPE of at most `size` tokens in which frequent words come out whole."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Newlines stand apart and together, so that a blank line is one token wherever a text is cut.
+    newlines = pre_tokenizers.Split(Regex("\n+"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([newlines, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
         texts,

@@ -1,4 +1,4 @@
-"""Train the built-in model: `python -m benchmarks.world.train --steps 4000 --out runs/world`.
+"""Train the built-in model: `python -m benchmarks.world.train --out runs/world`.
 
 One run of tens of minutes on one CPU thread or a few on a GPU. Hidden matrices are trained by Muon (Jordan et al.,
 2024), the rest by AdamW; bfloat16 arithmetic, float32 weights. A checkpoint (safetensors and JSON) is written every
