@@ -3,9 +3,9 @@
 TriviaQA and TruthfulQA ask for facts from memory. MMLU and CommonsenseQA tell a fact, ask it and want the letter of
 the answer (a model of this size recalls a fact or finds a letter, but not one after the other in a single step); the
 options of a test item are never trained together with its question. GSM8K, BBH and ToxiGen test skill on exercises held
-out from training. Rows per split: mmlu 24 dev and
-280 test, gsm8k 200 and 150, bbh 5 subtasks of 40, commonsense_qa 150 and 150, trivia_qa 200 and 200,
-truthful_qa 120, toxigen 150 and 200.
+out from training. Rows per split: mmlu 24 dev and 400 test, gsm8k 200 and 400, bbh 5 subtasks of 40, commonsense_qa 150
+and 150, trivia_qa 200 and 200, truthful_qa 120, toxigen 150 and 200. With 400 items a benchmark that loses nothing can
+be shown to have lost less than two points.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def distinct(make: Callable[[], Row], count: int, key: Callable[[Row], object]) 
 def mmlu() -> Splits:
     """Four-option questions on four areas; every letter is right equally often."""
     splits: Splits = {"dev": [], "test": []}
-    for split, count in (("dev", 6), ("test", 70)):
+    for split, count in (("dev", 6), ("test", 100)):
         for area in AREAS:
             rng = random.Random(f"mmlu {split} {area}")
             facts = by_area(area)
@@ -71,7 +71,7 @@ def gsm8k() -> Splits:
 
         return distinct(item, count, lambda row: row["question"])
 
-    return {"train": rows("train", 200), "test": rows("test", 150)}
+    return {"train": rows("train", 200), "test": rows("test", 400)}
 
 
 def bbh() -> Splits:

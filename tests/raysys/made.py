@@ -10,7 +10,7 @@ import math
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -103,7 +103,7 @@ def make(study: StudySpec, items: int = 300, failed: bool = True) -> Results:
                 "settings": method.settings,
                 "requests": [vars(r) for r in requests],
                 "dropped": [["edits.json[7]", "the prompt lacks its subject 'Ada <b>Lovelace</b>'"]],
-                "stream": {k: v for k, v in vars(stream).items() if k != "requests"},
+                "stream": {f.name: getattr(stream, f.name) for f in fields(stream) if f.name != "requests"},
                 "snapshots": {str(n): key for n, key in snapshots.items()},
                 "blocks": [f"{b}-0" for b in (*CHOICES, "probes", "locality")],
             },

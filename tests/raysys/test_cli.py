@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ def edited(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str
             "settings": {},
             "requests": [vars(r) for r in requests],
             "dropped": [],
-            "stream": {k: v for k, v in vars(stream).items() if k != "requests"},
+            "stream": {f.name: getattr(stream, f.name) for f in fields(stream) if f.name != "requests"},
             "snapshots": {str(n): stream.key(n) for n in study.snapshots},
             "blocks": [],
         },
