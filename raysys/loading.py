@@ -84,7 +84,8 @@ def locate(name: str) -> str:
     if not any(folder.glob("*.safetensors")):
         other = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
         found = f" ({other[0]} is a pickle, which is not read: save it again with save_pretrained)" if other else ""
-        raise ValueError(f"model {name!r}: folder {folder} has no *.safetensors weights{found}")
+        way = found or "; give a folder that save_pretrained wrote, weights and all"
+        raise ValueError(f"model {name!r}: folder {folder} has no *.safetensors weights{way}")
     if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")):
         raise ValueError(f"model {name!r}: folder {folder} has no tokenizer (tokenizer.json); save one there")
     return str(folder)

@@ -58,6 +58,7 @@ class Outcome:
 
     scores: str  # hash of every score
     edits: str  # hash of every patch
+    units: int
     killed: int
     seconds: float
     complete: bool
@@ -80,7 +81,7 @@ def main() -> int:
         print(f"undisturbed, 1 evaluator: {first.seconds:.0f} s", flush=True)
         plan = [("nobody", 2)] + [(who, 2) for who in ("Evaluator", "Editor", "driver") for _ in range(options.kills)]
         for number, (who, evaluators) in enumerate(plan):
-            outcome = _run(study, Path(folder) / str(number), evaluators, who, dice.random())
+            outcome = _run(study, Path(folder) / str(number), evaluators, who, dice.random(), first.units)
             same = (outcome.scores, outcome.edits) == (first.scores, first.edits)
             good = same and outcome.complete and (who == "nobody" or outcome.killed > 0)
             passed, failed = passed + good, failed + (not good)
@@ -95,14 +96,15 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _run(study: Path, root: Path, evaluators: int, who: str = "nobody", moment: float = 0.0) -> Outcome:
+def _run(study: Path, root: Path, evaluators: int, who: str = "nobody", moment: float = 0.0, units: int = 0) -> Outcome:
+    """One run, in which `who` is killed when a share `moment` of the work is done; `units` there are in all."""
     overrides = [f"root={json.dumps(str(root))}", f"cluster.evaluators={evaluators}"]
     folder = StudySpec.load(study, overrides).folder
     started, killed = time.monotonic(), 0
     while True:
         driver = _start(study, overrides, root)
         if who != "nobody" and not killed:
-            killed = _kill(driver, folder, who, moment)
+            killed = _kill(driver, folder, who, moment, units)
         driver.wait(timeout=LIMIT)
         if driver.returncode != -signal.SIGKILL:
             break
@@ -119,11 +121,11 @@ def _start(study: Path, overrides: list[str], root: Path) -> subprocess.Popen[by
         return subprocess.Popen(command, stdout=log, stderr=log)
 
 
-def _kill(driver: subprocess.Popen[bytes], folder: Path, who: str, moment: float) -> int:
+def _kill(driver: subprocess.Popen[bytes], folder: Path, who: str, moment: float, units: int) -> int:
     """Wait until a share `moment` of the work that victims can be killed in is done, then kill. Returns how many."""
     deadline = time.monotonic() + LIMIT
     while time.monotonic() < deadline and driver.poll() is None:
-        if _progress(folder, who) >= moment * 0.9:
+        if _progress(folder, who, units) >= moment * 0.9:
             victims = [driver.pid] if who == "driver" else processes.actors(driver.pid, who)
             for victim in victims[:1]:
                 os.kill(victim, signal.SIGKILL)
@@ -132,17 +134,16 @@ def _kill(driver: subprocess.Popen[bytes], folder: Path, who: str, moment: float
     return 0
 
 
-def _progress(folder: Path, who: str) -> float:
+def _progress(folder: Path, who: str, units: int) -> float:
     """Share of the edits that are made (for an editor) or of the units that are scored; -1 before anything is."""
     spec = StudySpec.check(json.loads((folder / "spec.json").read_text())) if (folder / "spec.json").exists() else None
     if spec is None:
         return -1.0
     steps = len(list(folder.glob("cells/*/journal/*.safetensors")))
-    units = len(list(folder.glob("units/*.parquet")))
+    scored = len(list(folder.glob("units/*.parquet")))
     if who == "Editor":
         return steps / (spec.edits.count * len(spec.grid())) if steps else -1.0
-    expected = sum(len(json.loads(p.read_text())["blocks"]) for p in folder.glob("cells/*/cell.json"))
-    return units / (expected * len(spec.snapshots) * 0.7) if units else -1.0
+    return scored / units if scored else -1.0
 
 
 def _outcome(results: Results, killed: int, seconds: float) -> Outcome:
@@ -155,7 +156,7 @@ def _outcome(results: Results, killed: int, seconds: float) -> Outcome:
         for journal in [results.cell_folder(cell.id) / "journal"]
     ]
     complete = bool(results.manifest.get("complete")) and not results.failures()
-    return Outcome(named(contents(results)), named(edits), killed, seconds, complete)
+    return Outcome(named(contents(results)), named(edits), len(results.done()), killed, seconds, complete)
 
 
 if __name__ == "__main__":
