@@ -55,7 +55,7 @@ class ComponentSpec(_Named):
     """A method or a benchmark by name, with its settings; `label` tells two of the same name apart."""
 
     name: str
-    label: str = ""
+    label: str = Field(default="", pattern=r"^([A-Za-z0-9_][A-Za-z0-9_ .,()+=-]*)?$")  # it names folders
 
     @property
     def title(self) -> str:

@@ -61,6 +61,11 @@ def test_two_of_the_same_name_want_labels() -> None:
     assert StudySpec.parse(twice + 'label = "ft_m, longer"\n').methods[1].title == "ft_m, longer"
 
 
+def test_a_label_that_would_leave_the_run_folder_is_refused() -> None:
+    with pytest.raises(SpecError, match="label"):
+        StudySpec.parse(GOOD.replace("steps = 3", 'label = "../../elsewhere"'))
+
+
 def test_overrides_reach_tables_and_lists() -> None:
     spec = StudySpec.parse(GOOD, ["edits.count=20", "methods.0.steps=7", "name=other", "snapshots=[20]"])
     assert (spec.edits.count, spec.methods[0].settings["steps"], spec.name) == (20, 7, "other")
