@@ -118,7 +118,7 @@ class Editor:
 
     def describe(self) -> dict[str, Any]:
         """The machine this runs on and the digest of the base model."""
-        return describe() | {"digest": self.model.digest}
+        return describe(self.model.device) | {"digest": self.model.digest}
 
 
 def _finite(patches: tuple[Patch, ...], requests: tuple[EditRequest, ...]) -> None:
@@ -129,6 +129,12 @@ def _finite(patches: tuple[Patch, ...], requests: tuple[EditRequest, ...]) -> No
 
 def start(name: str, model: str, dtype: str, device: str, threads: int, gpus: float) -> Any:
     """An editor as a Ray actor. It is never restarted by Ray: the study starts a new one, which reads the journal."""
-    options: Any = {"name": name, "num_cpus": threads, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
+    options: Any = {
+        "name": f"{model}:{name}",
+        "num_cpus": threads,
+        "num_gpus": gpus,
+        "max_restarts": 0,
+        "max_task_retries": 0,
+    }
     env = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
     return ray.remote(Editor).options(**options, runtime_env=env).remote(model, dtype, device, threads)

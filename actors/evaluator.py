@@ -58,7 +58,7 @@ class Evaluator:
 
     def describe(self) -> dict[str, Any]:
         """The machine this runs on and the digest of the base model; also the sign of life after a start."""
-        return describe() | {"digest": self.model.digest}
+        return describe(self.model.device) | {"digest": self.model.digest}
 
     def score(self, task: Task) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """(unit, scores) as raysys/results.py stores them. Raises ValueError for a snapshot of another model."""
@@ -83,7 +83,7 @@ class Evaluator:
             "started": started,
             "ended": ended,
             "evaluator": self.name,
-            "hardware": hardware(),
+            "hardware": hardware(self.model.device),
         }
         return unit, scores
 
@@ -131,6 +131,12 @@ def answer_tree(answer: Answer) -> dict[str, Any]:
 
 def start(name: str, model: str, dtype: str, device: str, threads: int, gpus: float) -> Any:
     """An evaluator as a Ray actor. It is never restarted by Ray: the pool replaces it."""
-    options: Any = {"name": name, "num_cpus": threads, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
+    options: Any = {
+        "name": f"{model}:{name}",
+        "num_cpus": threads,
+        "num_gpus": gpus,
+        "max_restarts": 0,
+        "max_task_retries": 0,
+    }
     env = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
     return ray.remote(Evaluator).options(**options, runtime_env=env).remote(name, model, dtype, device, threads)

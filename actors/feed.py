@@ -90,7 +90,7 @@ def feed(
                 edits = (row["first"], row["last"])
                 place = (row["order"], row["items"], row["tokens"], edits, table, number)
                 found.append(Work(row["id"], row["benchmark"], *place))
-    unique = {work.id: work for work in found}
+    unique = {(work.order, work.id): work for work in found if work.benchmark not in faults}
     return sorted(unique.values(), key=lambda w: (-w.tokens, w.id)), faults
 
 

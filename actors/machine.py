@@ -17,13 +17,13 @@ def settle(threads: int) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def describe() -> dict[str, Any]:
+def describe(device: torch.device) -> dict[str, Any]:
     """Hardware, host and process."""
-    return {"hardware": hardware(), "host": platform.node(), "pid": os.getpid(), "torch": str(torch.__version__)}
+    return {"hardware": hardware(device), "host": platform.node(), "pid": os.getpid(), "torch": str(torch.__version__)}
 
 
-def hardware() -> str:
+def hardware(device: torch.device) -> str:
     """The kind of processor that does the arithmetic: results are bit-identical only within one kind."""
-    if torch.cuda.is_available():
-        return str(torch.cuda.get_device_name())
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
     return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

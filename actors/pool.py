@@ -20,6 +20,7 @@ from actors.evaluator import Task
 from actors.feed import Work
 
 IN_FLIGHT = 2  # units an evaluator has: one it runs, one that waits, so that it is never idle
+ERRORS = 3  # units that may fail on an evaluator one after another before it is replaced
 STARTS = 3  # attempts to start an evaluator before its place is given up
 
 
@@ -69,6 +70,7 @@ class _Place:
     actor: Any = None
     answered: bool = False
     starts: int = 0
+    errors: int = 0  # units that failed since one succeeded
     wearing: str | None = None
     busy: OrderedDict[Any, Unit] = field(default_factory=OrderedDict)
 
@@ -119,6 +121,11 @@ class EvaluatorPool:
         return sum(bool(p.busy) for p in self.places)
 
     @property
+    def starting(self) -> int:
+        """Evaluators that have not answered yet."""
+        return sum(p.actor is not None and not p.answered for p in self.places)
+
+    @property
     def refs(self) -> list[Any]:
         """References to wait on: signs of life and running units."""
         return [*self._pings, *self._running]
@@ -145,7 +152,7 @@ class EvaluatorPool:
 
     def _begin(self, place: _Place) -> None:
         place.actor = self._start(place.name)
-        place.answered, place.wearing = False, None
+        place.answered, place.wearing, place.errors = False, None, 0
         place.starts += 1
         self._pings[place.actor.describe.remote()] = place
 
@@ -164,7 +171,7 @@ class EvaluatorPool:
         place = self._pings.pop(ref)
         try:
             about = ray.get(ref)
-        except (RayActorError, RayTaskError) as error:
+        except RayError as error:
             self._replace(place, error)
             return
         place.answered, place.starts = True, 0
@@ -207,13 +214,17 @@ class EvaluatorPool:
         try:
             about, scores = ray.get(ref)
         except RayTaskError as error:
+            place.errors += 1
+            if place.errors >= ERRORS:  # whatever it is given fails: perhaps it is not the units' fault
+                return self._died(place, error)
             unit = place.busy.pop(ref)
             if isinstance(error.cause, ObjectLostError | OwnerDiedError):
                 unit.restore()
             return self._again(unit, error)
-        except RayActorError as error:
+        except RayError as error:
             return self._died(place, error)
         unit = place.busy.pop(ref)
+        place.errors = 0
         self._close(unit)
         return [Done(unit, about, scores)]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from actors.editor import Job
 from raysys.journal import Journal, Stream
@@ -127,12 +127,12 @@ class Streams:
         assert cell is not None
         try:
             answer = ray.get(ref)
-        except RayActorError as error:
-            return self._died(desk, cell, error)
         except RayTaskError as error:
             desk.cell = None
             cause = error.cause if isinstance(error.cause, Exception) else error
             return Lost(cell, f"{cause}" if isinstance(cause, ValueError) else f"{type(cause).__name__}: {cause}")
+        except RayError as error:
+            return self._died(desk, cell, error)
         return self._opened(desk, cell, answer) if value is None else self._made(desk, cell, value)
 
     def close(self) -> None:

@@ -147,7 +147,12 @@ def _tokenise(model: Tokens, query: Query) -> tuple[Item, bool]:
     blank = asdict(query) | {"prompt": "", "shared": ""}
     if isinstance(query, Generate):
         tokens = model.encode(query.prompt)
-        room = max(1, model.max_length - query.max_tokens)
+        room = model.max_length - query.max_tokens
+        if room < 1:
+            raise ValueError(
+                f"{query.id}: {query.max_tokens} tokens to generate leave no room for a prompt in the model's "
+                f"{model.max_length}; lower max_tokens"
+            )
         return Item(Generate(**blank), tuple(tokens[-room:])), len(tokens) > room
     pairs = [model.pair(query.prompt, choice) for choice in query.choices]
     context = pairs[0][0]
@@ -157,6 +162,8 @@ def _tokenise(model: Tokens, query: Query) -> tuple[Item, bool]:
     room = model.max_length + 1 - longest  # the last token of a continuation is never fed
     if room < 1:
         raise ValueError(f"{query.id}: a choice of {longest} tokens is longer than the model's {model.max_length}")
+    if not all(c for _, c in pairs):
+        raise ValueError(f"{query.id}: one of its choices has no tokens")
     if not context:
         raise ValueError(f"{query.id}: an empty prompt and a tokenizer without a first token: nothing to condition on")
     item = Item(Choose(**blank), tuple(context[-room:]), tuple(tuple(c) for _, c in pairs))

@@ -88,6 +88,8 @@ class Journal:
         done = 0
         while path := self._next(done):
             entry, about = _load(path)
+            if entry.first > done:
+                return  # a step is missing: it and what follows are made again
             if about["before"] != self.stream.key(done) or about["key"] != self.stream.key(entry.last):
                 raise ValueError(
                     f"{path}: this step belongs to another study (model, method, settings or requests differ); "

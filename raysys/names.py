@@ -52,6 +52,8 @@ def build(cls: Any, settings: Mapping[str, Any], where: str) -> Any:
 
     `where` says in the user's words whose settings these are. Raises ValueError that lists every wrong one.
     """
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise ValueError(f"{where}: {cls!r} is not a dataclass of settings")
     fields = {f.name for f in dataclasses.fields(cls) if f.init}
     faults = [
         f"{where}: unknown setting {name!r}{did_you_mean(name, fields)}" for name in settings if name not in fields
@@ -73,7 +75,7 @@ def did_you_mean(name: str, known: Mapping[str, Any] | set[str]) -> str:
 
 def _find(what: str, table: Mapping[str, str], name: str) -> Any:
     path = table.get(name, name)
-    if ":" not in path:
+    if ":" not in path or path.startswith("."):
         raise ValueError(
             f"unknown {what} {name!r}{did_you_mean(name, table)} "
             f"(Your own: give its dotted path, 'package.module:Class'.)"

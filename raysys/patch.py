@@ -167,13 +167,19 @@ class Wearer:
 
     @torch.no_grad()
     def wear(self, patches: Sequence[Patch]) -> None:
-        """Wear `patches` and nothing else. Raises ValueError when they don't fit the model (then nothing is worn)."""
-        weights = {p.weight: p for p in patches if isinstance(p, LowRank | Dense)}
+        """Wear `patches` and nothing else; if that fails, nothing is worn.
+
+        Raises ValueError when they don't fit the model.
+        """
         try:
-            self._fit(weights)
-        except ValueError:
-            self.take_off()
+            self._wear(patches)
+        except BaseException:
+            self._reset()  # the sums kept may be half-way: none of them is used again
             raise
+
+    def _wear(self, patches: Sequence[Patch]) -> None:
+        weights = {p.weight: p for p in patches if isinstance(p, LowRank | Dense)}
+        self._fit(weights)
         self._close_others()
         for name in [n for n in self._worn if n not in weights]:
             self.model.matrix(name).copy_(self._base[name])
@@ -188,10 +194,13 @@ class Wearer:
 
     def take_off(self) -> None:
         """Back to the base model, bit for bit."""
+        self._reset()
+
+    @torch.no_grad()
+    def _reset(self) -> None:
         self._close_others()
-        with torch.no_grad():
-            for name in self._worn:
-                self.model.matrix(name).copy_(self._base[name])
+        for name, base in self._base.items():
+            self.model.matrix(name).copy_(base)
         self._worn.clear()
 
     def _put_on(self, name: str, patch: WeightPatch) -> None:

@@ -143,7 +143,7 @@ class Engine:
         if ids[-1] in self.model.eos_ids:
             return True
         longest = max((len(s) for s in query.stops), default=0)
-        tail = self.model.decode(ids[-(longest + 2) :])  # a token is at least a byte
+        tail = self.model.tokens.decode(ids[-(longest + 2) :], special=True)  # a token is at least a byte
         return any(stop in tail for stop in query.stops)
 
     # --- shared prefixes ---------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ class ComponentSpec(_Named):
 
 
 class ClusterSpec(_Part):
-    """Who does the work. Nothing here may change a score but `threads` (CPU), which is part of the study's identity."""
+    """Who does the work. Only `threads` (of CPUs), and whether GPUs do it, are part of the study's identity."""
 
     evaluators: int = Field(default=2, ge=1)
     editors: int = Field(default=1, ge=1)  # cells edited at the same time
@@ -176,7 +176,8 @@ class StudySpec(_Part):
     def identity(self) -> dict[str, Any]:
         """What decides the numbers: everything but where results lie and who does the work."""
         tree: dict[str, Any] = self.model_dump(mode="json", exclude={"root", "cluster"})
-        return tree | {"threads": self.cluster.threads}
+        gpus = [self.cluster.gpus_per_editor > 0, self.cluster.gpus_per_evaluator > 0]
+        return tree | {"threads": self.cluster.threads, "gpus": gpus}
 
     @property
     def hash(self) -> str:

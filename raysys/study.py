@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import time
@@ -28,6 +29,7 @@ from raysys.spec import ComponentSpec, SpecError, StudySpec
 from raysys.tokens import Tokens
 from raysys.types import EditCase, Probe
 
+SILENCE = 60.0  # seconds without news after which a user is told what is being waited for
 CACHE = "RAYSYS_CACHE"  # environment variable: folder of artifacts (second moments, contexts)
 
 
@@ -98,6 +100,7 @@ class _Run:
         pool = EvaluatorPool(begin, c.evaluators, c.retries, self.results.note)
         try:
             self._feed()
+            heard = time.monotonic()
             self.progress.start({cell.job.cell: spec.snapshots[-1] for cell in self.cells}, self._expected())
             while streams.busy or pool.pending:
                 streams.advance(c.snapshots_in_flight - pool.snapshots)
@@ -105,6 +108,10 @@ class _Run:
                 for ref in ready:
                     self._take(ref, streams, pool)
                 self._show(pool)
+                heard = time.monotonic() if ready else heard
+                if time.monotonic() - heard > SILENCE and pool.starting:
+                    self.progress.warn(f"{pool.starting} evaluators wait to be started: has the cluster room?")
+                    heard = time.monotonic()
         finally:
             streams.close()
             pool.close()
@@ -150,12 +157,7 @@ class _Run:
     def _opened(self, cell: Streaming) -> None:
         """Describe the cell: from now on its results can be told from others'."""
         assert cell.stream is not None
-        known = self.results.cell_about(cell.job.cell).get("stream", {}).get("model")
-        if known is not None and known != cell.stream.model:
-            raise SpecError(
-                f"{self.results.folder}: {self.model} has other weights now than when this study began (digests "
-                f"{known[:12]} and {cell.stream.model[:12]}). Give the study another name, or the old weights back."
-            )
+        self._same_as_before(cell)
         number = self.cells.index(cell) + len(self.cells) * self.spec.models.index(self.model)
         stream = {f.name: getattr(cell.stream, f.name) for f in fields(cell.stream) if f.name != "requests"}
         selected = self.edits[cell.order]
@@ -172,6 +174,21 @@ class _Run:
             "blocks": [w.id for w in self._works(cell.order)],
         }
         self.results.write_cell(cell.job.cell, about)
+
+    def _same_as_before(self, cell: Streaming) -> None:
+        """Results of this cell from an earlier run must have come from the same stream. Raises SpecError."""
+        assert cell.stream is not None
+        before = self.results.cell_about(cell.job.cell)
+        now = {f.name: getattr(cell.stream, f.name) for f in fields(cell.stream) if f.name != "requests"}
+        now = json.loads(json.dumps(now | {"requests": [asdict(r) for r in cell.stream.requests]}))
+        there = before.get("stream", {}) | {"requests": before.get("requests")}
+        changed = [name for name, value in now.items() if before and there.get(name) != value]
+        if changed:
+            raise SpecError(
+                f"{self.results.folder}: {cell.job.cell} began with another {' and '.join(changed)} than it has now "
+                f"(weights, artifacts, data of the edits or raysys itself have changed since). Nothing was touched. "
+                f"Give the study another name, or bring the old state back."
+            )
 
     def _units(self, cell: Streaming, edits: int) -> list[Unit]:
         """What is not scored yet of a snapshot. The base is scored once for all cells."""
@@ -214,7 +231,7 @@ class _Run:
         """How many units there are, those done before included."""
         later = [n for n in self.spec.snapshots if n]
         edited = sum(w.due(n) for c in self.cells for w in self._works(c.order) for n in later)
-        return edited + len(self.works)
+        return edited + len({w.id for w in self.works})
 
     def _cell(self, method: ComponentSpec, order: int) -> Streaming:
         name = cell_name(self.model, method, order)

@@ -43,9 +43,9 @@ class Tokens:
         ids: list[int] = self.tokenizer.encode(text, verbose=False)
         return ids
 
-    def decode(self, ids: Sequence[int] | Any) -> str:
-        """Text of `ids`, special tokens left out."""
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def decode(self, ids: Sequence[int] | Any, special: bool = False) -> str:
+        """Text of `ids`, with or without `special` tokens."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
         return text
 
     def pair(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:

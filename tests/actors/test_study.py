@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import ray
 
+from actors.feed import Source, feed
 from raysys.journal import load_all
 from raysys.progress import quiet
 from raysys.results import Results
 from raysys.spec import SpecError
-from raysys.study import run
+from raysys.study import run, select_edits
 from raysys.types import Patch
 from tests import processes
 from tests.actors import small
@@ -160,6 +161,25 @@ def test_an_interrupted_study_goes_on_where_it_stopped(undisturbed: Results, pla
     assert again.units().num_rows > len(before)
     assert small.contents(again) == small.contents(undisturbed)
     assert patches(again) == patches(undisturbed)
+
+
+def test_two_orders_that_ask_the_same_each_keep_their_probes(undisturbed: Results, place: Path) -> None:
+    chosen = select_edits(small.spec(place), 0)
+    sources = [Source("probes", "probes", {"free": False}, order, cases=chosen.cases) for order in (0, 1)]
+    works, faults = feed(sources, str(place / "model"), batch=4, size=8, cuts=(0, 6))
+    assert faults == {}
+    assert {w.id for w in works if w.order == 0} == {w.id for w in works if w.order == 1} != set()
+
+
+def test_results_of_other_artifacts_are_not_gone_on_with(undisturbed: Results, place: Path) -> None:
+    spec = small.spec(place, root=str(place / "changed"), snapshots=[0, 1])
+    results = Results.create(spec)
+    for cell in undisturbed.cells():
+        changed = dict(cell.about) | {"stream": dict(cell.about["stream"]) | {"method": {"name": "another"}}}
+        results.write_cell(cell.id, changed)
+    with pytest.raises(SpecError, match="began with another method"):
+        run(spec)
+    assert results.cell_about(undisturbed.cells()[0].id)["stream"]["method"] == {"name": "another"}
 
 
 def test_a_complete_study_is_not_run_again(undisturbed: Results, place: Path) -> None:

@@ -69,10 +69,13 @@ def test_steps_of_another_stream_are_refused(journal: Journal, other: Stream) ->
         list(Journal(journal.folder, other).entries())
 
 
-def test_a_missing_step_is_noticed(journal: Journal) -> None:
+def test_what_follows_a_missing_step_is_made_again(journal: Journal) -> None:
     (journal.folder / "000002.safetensors").unlink()
-    with pytest.raises(ValueError, match="belongs to another study"):
-        list(journal.entries())
+    assert [e.last for e in journal.entries()] == [1]
+    with pytest.raises(ValueError, match="reaches 1"):
+        journal.snapshot(3)
+    journal.append(entry(1))
+    assert [e.last for e in journal.entries()] == [1, 2, 3, 4]
 
 
 def test_a_truncated_step_is_named(journal: Journal) -> None:

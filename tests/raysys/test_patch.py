@@ -97,6 +97,31 @@ def test_switching_back_and_forth_never_drifts(model: Model) -> None:
     assert same(state(model), before)
 
 
+def test_wearing_that_fails_half_way_leaves_nothing_behind(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    wearer, before = Wearer(model), state(model)
+    early = (low_rank(model, 0),)
+    late = merge(merge(early, [low_rank(model, 1)]), [low_rank(model, 2)])
+    wearer.wear(early)
+    plain, calls = torch.outer, []
+
+    def fails_at_the_second_term(*args: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return plain(*args)
+
+    monkeypatch.setattr(torch, "outer", fails_at_the_second_term)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        wearer.wear(late)
+    monkeypatch.undo()
+    assert same(state(model), before)
+    wearer.wear(late)
+    tried_again = state(model)
+    wearer.take_off()
+    Wearer(model).wear(late)
+    assert same(state(model), tried_again)
+
+
 def test_a_patch_for_another_shape_is_refused_and_nothing_is_worn(model: Model) -> None:
     before, wearer = state(model), Wearer(model)
     wearer.wear([low_rank(model, 0)])
