@@ -21,6 +21,7 @@ from raysys.model import Model
 from raysys.patch import LowRank, wearing
 from raysys.results import Results
 from raysys.spec import StudySpec
+from tests import families
 from tests.raysys import made
 
 
@@ -263,8 +264,10 @@ def test_convert_names_what_is_wrong_with_a_checkpoint(here: Path) -> None:
     assert "too few for a llama2.c checkpoint" in fails("convert", "llama2c", "tiny.bin", "tok.model", "out")
 
 
-def test_the_figures_of_a_world_come_from_the_products_own_scoring(model_folder: Callable[[str], Path]) -> None:
-    rows = json.loads(call("world", model_folder("llama"), "--limit", "2", "--json").stdout)
+def test_the_figures_of_a_world_come_from_the_products_own_scoring(tmp_path: Path) -> None:
+    families.network("llama", max_position_embeddings=512).save_pretrained(tmp_path)  # GSM8K generates 256 tokens
+    families.tokenizer().save_pretrained(tmp_path)
+    rows = json.loads(call("world", tmp_path, "--limit", "2", "--json").stdout)
     names = {(r["what"], r["metric"]) for r in rows}
     assert ("facts, phrasings trained on", "free") in names
     assert ("facts, phrasings of the probes", "forced") in names

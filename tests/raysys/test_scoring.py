@@ -153,3 +153,10 @@ def test_a_block_is_named_by_its_contents() -> None:
     [same] = pack(model.tokens, "t", {"version": "1"}, choose()[:1], batch=4, size=8)
     [other] = pack(model.tokens, "t", {"version": "2"}, choose()[:1], batch=4, size=8)
     assert one.id == same.id == Block.loads(one.dumps()).id != other.id
+
+
+def test_generating_more_than_the_context_holds_is_refused() -> None:
+    model = families.tiny("gpt2")  # reads 64 tokens
+    query = Generate("long", "Anna is", (), gold="", max_tokens=64)
+    with pytest.raises(ValueError, match="long: 64 tokens to generate leave no room .* lower max_tokens"):
+        list(pack(model.tokens, "test", {}, [query], batch=1, size=1))
