@@ -158,5 +158,5 @@ def test_a_block_is_named_by_its_contents() -> None:
 def test_generating_more_than_the_context_holds_is_refused() -> None:
     model = families.tiny("gpt2")  # reads 64 tokens
     query = Generate("long", "Anna is", (), gold="", max_tokens=64)
-    with pytest.raises(ValueError, match="long: 64 tokens to generate leave no room .* lower max_tokens"):
+    with pytest.raises(ValueError, match=r"long: 64 tokens to generate leave no room .* lower max_tokens"):
         list(pack(model.tokens, "test", {}, [query], batch=1, size=1))
