@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 from torch import Tensor
 
-from actors.machine import describe, settle
+from actors.machine import as_actor, describe, settle
 from raysys import names
 from raysys.journal import Entry, Journal, Stream, make_snapshot
 from raysys.model import Model
@@ -129,12 +128,4 @@ def _finite(patches: tuple[Patch, ...], requests: tuple[EditRequest, ...]) -> No
 
 def start(name: str, model: str, dtype: str, device: str, threads: int, gpus: float) -> Any:
     """An editor as a Ray actor. It is never restarted by Ray: the study starts a new one, which reads the journal."""
-    options: Any = {
-        "name": f"{model}:{name}",
-        "num_cpus": threads,
-        "num_gpus": gpus,
-        "max_restarts": 0,
-        "max_task_retries": 0,
-    }
-    env = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
-    return ray.remote(Editor).options(**options, runtime_env=env).remote(model, dtype, device, threads)
+    return as_actor(Editor, f"{model}:{name}", threads, gpus).remote(model, dtype, device, threads)

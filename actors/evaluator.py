@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from actors.machine import describe, hardware, settle
+from actors.machine import as_actor, describe, hardware, settle
 from raysys import names
 from raysys.blocks import Block
 from raysys.model import Model
@@ -131,12 +131,4 @@ def answer_tree(answer: Answer) -> dict[str, Any]:
 
 def start(name: str, model: str, dtype: str, device: str, threads: int, gpus: float) -> Any:
     """An evaluator as a Ray actor. It is never restarted by Ray: the pool replaces it."""
-    options: Any = {
-        "name": f"{model}:{name}",
-        "num_cpus": threads,
-        "num_gpus": gpus,
-        "max_restarts": 0,
-        "max_task_retries": 0,
-    }
-    env = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
-    return ray.remote(Evaluator).options(**options, runtime_env=env).remote(name, model, dtype, device, threads)
+    return as_actor(Evaluator, f"{model}:{name}", threads, gpus).remote(name, model, dtype, device, threads)

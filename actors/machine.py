@@ -1,4 +1,4 @@
-"""What an actor knows of the machine under it, and how it settles in."""
+"""How an actor is started, how it settles in, and what it knows of the machine under it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import platform
 from typing import Any
 
+import ray
 import torch
 
 
@@ -27,3 +28,10 @@ def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def as_actor(cls: type, name: str, threads: int, gpus: float) -> Any:
+    """`cls` as a Ray actor class with its share of a node; Ray never restarts it and never repeats a call."""
+    share: Any = {"num_cpus": threads, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
+    env = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
+    return ray.remote(cls).options(name=name, runtime_env=env, **share)
