@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from actors.machine import as_actor, describe, settle
-from raysys import names
+from methods import artifacts
+from raysys import names, steps
+from raysys.files import write_json
 from raysys.journal import Entry, Journal, Stream, make_snapshot
 from raysys.model import Model
 from raysys.patch import Wearer, merge
 from raysys.snapshot import Snapshot
-from raysys.types import Edit, EditRefused, EditRequest, Patch
+from raysys.types import EditRequest, Finishes, Patch, remembered
+
+PREPARING = "preparing.json"  # in a cell's folder while its method is prepared
 
 
 @dataclass(frozen=True)
@@ -61,15 +64,31 @@ class Editor:
         method = names.build(names.method(job.method), job.settings, f"method {job.method}")
         cache = Path(job.cache) if job.cache else None
         self.batch: int = method.batch
-        self.method = method.prepare(self.model, cache)
+        if self.batch < 1:
+            raise ValueError(f"method {job.method}: {self.batch} requests at a time; `batch` must be 1 or more")
+        self.method = self._prepared(method, Path(job.journal).parent / PREPARING, cache)
         dtype = str(self.model.dtype).removeprefix("torch.")
         self.stream = Stream(self.model.digest, dtype, self.method.identity(), job.requests, job.seed, self.threads)
         self.job, self.done = job, 0
         self.journal = Journal(Path(job.journal), self.stream)
+        if isinstance(self.method, Finishes):
+            self.journal.keep_snapshots()
         self.recorded: Iterator[Entry] | None = self.journal.entries()
         self.patches: tuple[Patch, ...] = ()
-        self.memory: Mapping[str, Tensor] | None = None
+        self.memory: Any = None
         return self.stream
+
+    def _prepared(self, method: Any, told: Path, cache: Path | None) -> Any:
+        """The method prepared; while something costly is made for it, the file `told` says what and how far it is."""
+
+        def tell(what: str, done: int, total: int) -> None:
+            write_json(told, {"what": what, "done": done, "total": total})
+
+        try:
+            with artifacts.making(tell=tell):
+                return method.prepare(self.model, cache)
+        finally:
+            told.unlink(missing_ok=True)
 
     def advance(self, edits: int) -> Snapshot:
         """The snapshot after `edits` requests of the stream: steps on record are taken from there, others are made.
@@ -84,15 +103,23 @@ class Editor:
                 entry = self._step(min(self.done + self.batch, len(self.stream.requests)))
                 self.journal.append(entry)
             self.patches = merge(self.patches, entry.patches)
-            if entry.memory:
-                self.memory = entry.memory
+            self.memory = remembered(self.method, self.memory, entry.memory)
             self.done = entry.last
         if self.done != edits:
             raise ValueError(
                 f"no snapshot after {edits} edits: {self.job.method} makes {self.batch} at a time; choose snapshots "
                 f"that are multiples of {self.batch}"
             )
-        return make_snapshot(self.stream, edits, self.patches)
+        return self._snapshot(edits)
+
+    def _snapshot(self, edits: int) -> Snapshot:
+        """What is worn after `edits` edits; a method that finishes its snapshots leaves each in the journal too."""
+        if not edits or not isinstance(self.method, Finishes):
+            return make_snapshot(self.stream, edits, self.patches)
+        self.wearer.take_off()
+        snapshot = make_snapshot(self.stream, edits, self.method.finish(self.model, self.patches))
+        self.journal.keep(snapshot)
+        return snapshot
 
     def publish(self, edits: int) -> tuple[int, Snapshot]:
         """`advance`, as two returned values: the driver fetches the number, evaluators the snapshot."""
@@ -101,16 +128,12 @@ class Editor:
     def _step(self, last: int) -> Entry:
         self.wearer.wear(self.patches)
         requests = self.stream.requests[self.done : last]
-        started, refused, edit = time.time(), "", Edit(())
+        started = time.time()
         torch.manual_seed(self.stream.seed * 1_000_003 + self.done)
-        try:
-            made = self.method.edit(self.model, requests, self.memory)
-            _finite(made.patches, requests)
-            edit = made
-        except EditRefused as error:
-            if self.job.on_refusal == "stop":
-                raise ValueError(f'{self.job.cell}: {error} (on_refusal = "skip" goes on without it)') from error
-            refused = str(error)
+        edit, refused = steps.make(self.method, self.model, requests, self.memory)
+        if refused and self.job.on_refusal == "stop":
+            reason = next(iter(refused.values()))
+            raise ValueError(f'{self.job.cell}: {reason} (on_refusal = "skip" goes on without it)')
         return Entry(
             self.done, last, edit.patches, edit.memory or {}, requests, started, time.time(), refused, edit.log
         )
@@ -118,12 +141,6 @@ class Editor:
     def describe(self) -> dict[str, Any]:
         """The machine this runs on and the digest of the base model."""
         return describe(self.model.device) | {"digest": self.model.digest}
-
-
-def _finite(patches: tuple[Patch, ...], requests: tuple[EditRequest, ...]) -> None:
-    for patch in patches:
-        if not all(t.isfinite().all() for t in patch.tensors().values() if t.is_floating_point()):
-            raise EditRefused(f"edit {requests[0].id!r}: the update holds NaN or infinite numbers; it was not applied")
 
 
 def start(name: str, model: str, dtype: str, device: str, threads: int, gpus: float) -> Any:

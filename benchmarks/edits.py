@@ -104,14 +104,17 @@ class Custom:
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """Edits of the built-in world's facts."""
+    """Edits of the built-in world's facts. `part` "training": others, for methods that are trained before they edit."""
+
+    part: Literal["edits", "training"] = "edits"
 
     name: ClassVar[str] = "world"
     version: ClassVar[str] = "1"
 
     def cases(self) -> Iterator[EditCase]:
-        rows = enumerate(import_module("benchmarks.world").edit_records(), 1)
-        placed = (Placed(f"world edits, record {i}", row, i) for i, row in rows)
+        world = import_module("benchmarks.world")
+        rows = enumerate(world.edit_records() if self.part == "edits" else world.training_records(), 1)
+        placed = (Placed(f"world {self.part}, record {i}", row, i) for i, row in rows)
         return map(partial(edit_records.rome, dataset=self.name), placed)
 
     def held_out(self, edited: Sequence[EditCase]) -> list[Probe]:

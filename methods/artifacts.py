@@ -11,7 +11,9 @@ import json
 import os
 import tempfile
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from methods import moments
 from raysys.corpora import Corpus
 from raysys.model import Model
 
-FORMAT = "1"  # changes when the same inputs give other numbers
+FORMAT = "2"  # changes when the same inputs give other numbers
 SEEDS = ("The", "Therefore", "Because", "I", "You")  # what the sampled contexts begin with
 TOP_K = 5
-TOKENS = 4096  # padded tokens of one forward pass
+
+Collect = Callable[[Model, Sequence[str], Corpus], Mapping[str, moments.Sums]]
+Tell = Callable[[str, int, int], None]  # what is being made, how many documents of it are done, of how many
 
 
 @dataclass(frozen=True)
@@ -57,43 +62,62 @@ def second_moment(model: Model, module: str, corpus: Corpus, cache: Path | None 
 
     Texts are cut to the model's context. Raises ValueError for a corpus that can't be read or a wrong file.
     """
-    recipe = {"module": module, "corpus": corpus.digest}
-    kept = _kept(model, "second_moment", recipe, cache)
-    if kept is None:
-        total, count = _sum(model, module, corpus.texts())
-        kept = _keep(model, "second_moment", recipe, {"sum": total, "count": torch.tensor(count)}, cache)
-    count = int(kept.tensors["count"])
-    return Moment(kept.tensors["sum"] / count, count, kept.digest)
+    return second_moments(model, [module], corpus, cache)[module]
 
 
-def _sum(model: Model, module: str, texts: Iterable[str]) -> tuple[Tensor, int]:
-    """Σ k kᵀ (d_in, d_in) float64 (each batch summed in float32) and how many keys there were."""
-    rows = [model.encode(t)[: model.max_length] for t in texts]
-    rows = sorted((r for r in rows if r), key=len)
-    if not rows:
-        raise ValueError(f"second moment of {module}: the corpus has no text; give one with documents")
-    total: Tensor | None = None
-    count = 0
-    for batch in _packed(rows):
-        ids, mask = model.batch(batch)
-        with torch.no_grad():
-            keys = model.through(module, ids, mask)[0][mask.bool()].float()  # (tokens, d_in)
-        part = (keys.T @ keys).double()
-        total = part if total is None else total + part
-        count += len(keys)
-    assert total is not None
-    return total.cpu(), count
+def second_moments(
+    model: Model, modules: Sequence[str], corpus: Corpus, cache: Path | None = None
+) -> dict[str, Moment]:
+    """`second_moment` of each of `modules`: those that the cache lacks are taken from one pass over the corpus.
+
+    Who makes the sums can be chosen (see `making`); the bits are the same (methods/moments.py).
+    """
+    recipes = {m: {"module": m, "corpus": corpus.digest} for m in modules}
+    kept = {m: _kept(model, "second_moment", recipe, cache) for m, recipe in recipes.items()}
+    missing = [m for m, found in kept.items() if found is None]
+    if missing:
+        for m, sums in _COLLECT.get()(model, missing, corpus).items():
+            tensors = {"sum": sums.total, "count": torch.tensor(sums.count)}
+            kept[m] = _keep(model, "second_moment", recipes[m], tensors, cache)
+    found = {m: k for m, k in kept.items() if k is not None}
+    counts = {m: int(k.tensors["count"]) for m, k in found.items()}
+    return {m: Moment(k.tensors["sum"] / counts[m], counts[m], k.digest) for m, k in found.items()}
 
 
-def _packed(rows: Sequence[list[int]]) -> Iterator[list[list[int]]]:
-    """Rows in ascending length, cut into batches of at most TOKENS padded tokens."""
-    batch: list[list[int]] = []
-    for row in rows:
-        if batch and len(row) * (len(batch) + 1) > TOKENS:
-            yield batch
-            batch = []
-        batch.append(row)
-    yield batch
+@contextmanager
+def making(collect: Collect | None = None, tell: Tell | None = None) -> Iterator[None]:
+    """Within it, `collect` makes the sums of second moments that no cache has, and `tell` hears how far they are."""
+    before = _COLLECT.set(collect or _COLLECT.get()), _TELL.set(tell or _TELL.get())
+    try:
+        yield
+    finally:
+        _COLLECT.reset(before[0])
+        _TELL.reset(before[1])
+
+
+def _here(model: Model, modules: Sequence[str], corpus: Corpus) -> Mapping[str, moments.Sums]:
+    """In this process, part by part."""
+    tell, what = _TELL.get(), making_of(modules, corpus)
+
+    def told() -> Iterator[str]:
+        for done, text in enumerate(corpus.texts()):
+            if done % moments.PART == 0:
+                tell(what, done, corpus.documents)
+            yield text
+
+    found = moments.collect(model, modules, told())
+    tell(what, corpus.documents, corpus.documents)
+    return found
+
+
+def making_of(modules: Sequence[str], corpus: Corpus) -> str:
+    """What users are told while second moments are made."""
+    several = f"{len(modules)} modules" if len(modules) > 1 else modules[0]
+    return f"second moments of {several} from {corpus.documents} documents of {corpus.name}"
+
+
+_COLLECT: ContextVar[Collect] = ContextVar("collect", default=_here)
+_TELL: ContextVar[Tell] = ContextVar("tell", default=lambda what, done, total: None)
 
 
 def contexts(model: Model, lengths: Sequence[tuple[int, int]], seed: int = 0, cache: Path | None = None) -> Contexts:
@@ -135,6 +159,14 @@ def _sampled(model: Model, begin: str, length: int, many: int, generator: torch.
 def _clean(text: str) -> str:
     text = unicodedata.normalize("NFKD", text).replace("\n\n", " ")
     return text.replace("{", "").replace("}", "")
+
+
+def kept(
+    model: Model, kind: str, recipe: Mapping[str, Any], make: Callable[[], dict[str, Tensor]], cache: Path | None = None
+) -> tuple[dict[str, Tensor], str]:
+    """The tensors that `make` gives, and their content hash: made once for each `recipe` (JSON) and kept in `cache`."""
+    found = _kept(model, kind, recipe, cache) or _keep(model, kind, recipe, make(), cache)
+    return found.tensors, found.digest
 
 
 # --- the store -------------------------------------------------------------------------------------------------------

@@ -10,29 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from methods.passes import Batch, Labels, fused
+from methods.passes import Row as Row  # the type of what this module makes
+from methods.passes import Site as Site
 from raysys.model import Model
 from raysys.types import EditRefused, EditRequest
 
 CHUNK = 128  # rows of one forward pass
-
-
-@dataclass(frozen=True)
-class Row:
-    """A text as tokens. `at` is the position of the subject's last token; `labels` what follows `ids[first - 1]`.
-
-    Position first + i - 1 must predict labels[i]; `ids` ends before the last label.
-    """
-
-    ids: tuple[int, ...]
-    at: int
-    first: int = 0
-    labels: tuple[int, ...] = ()
 
 
 def row(model: Model, request: EditRequest, template: str = "{}", target: bool = False) -> Row:
@@ -119,6 +107,7 @@ class Search:
     clamp: float  # the offset is at most this many times as long as the current value
     kl: float  # weight of "<subject> is a" staying as it was
     stop: float = 0.05  # loss (nats) below which the search ends
+    patience: int = 0  # it also ends with this many passes that decode the target behind every sampled context
 
 
 @dataclass(frozen=True)
@@ -126,19 +115,19 @@ class Value:
     """The result for one request: `now` (d,) what the module gives, `offset` (d,) what makes the target likely.
 
     `losses` is (passes, 4): total, negative log-likelihood, KL, weight decay, in nats, at the start of each step.
+    Where an MLP's output is searched, `keys` (N, d_ff) enter its last matrix in the contexts, `outputs` (N, d) leave.
     """
 
     now: Tensor
     offset: Tensor
     losses: Tensor
+    keys: Tensor | None = None
+    outputs: Tensor | None = None
 
     @property
     def wanted(self) -> Tensor:
         """v* = now + offset, (d,) float32."""
         return self.now + self.offset
-
-
-Site = Literal["mlp", "block"]
 
 
 def values(
@@ -151,29 +140,32 @@ def values(
     distribution should stay. Only what lies behind the subject and above `layer` runs more than once; requests are
     independent of each other. Raises EditRefused when a request can't be served or its loss is not finite.
     """
-    rows = [r for q in requests for r in (*(row(model, q, c, target=True) for c in contexts), essence(model, q))]
-    per = len(contexts) + 1
-    group = torch.arange(len(requests), device=model.device).repeat_interleave(per)  # (R·per,)
-    bundle = _Bundle(model, rows, layer, site)
-    now = bundle.now[::per]  # (R, d) in the bare prompts
-    labels = _labels(rows, per, model.device)
-    kl_rows = torch.arange(per - 1, len(rows), per, device=model.device)  # (R,)
+    with fused(model):
+        return _values(model, requests, contexts, layer, search, site)
 
+
+def _values(
+    model: Model, requests: Sequence[EditRequest], contexts: Sequence[str], layer: int, search: Search, site: Site
+) -> list[Value]:
+    rows = [r for q in requests for r in (*(row(model, q, c, target=True) for c in contexts), essence(model, q))]
+    batch = Batch(model, rows, len(contexts) + 1, range(len(requests)), layer, site)
+    keys, outputs = batch.keys, batch.outputs  # (R, N, d_in), (R, N, d): what enters and leaves the site
+    now = outputs[:, 0]  # (R, d)
     offset = torch.zeros_like(now, requires_grad=True)  # (R, d) float32 whatever the model's type
     adam = torch.optim.Adam([offset], lr=search.lr)
     active = torch.ones(len(requests), dtype=torch.bool, device=model.device)
     before: Tensor | None = None
     history: list[list[Tensor]] = [[] for _ in requests]
     length = now.norm(dim=1)  # (R,)
+    decoded = torch.zeros_like(active, dtype=torch.long)  # passes so far, for `patience`
     for step in range(search.steps):
         with torch.enable_grad():
-            hidden = bundle.forward(offset[group])  # (R·per, S, d), column 0 = the subject's last token
-            at_labels = model.logits(hidden[labels.row, labels.column]).float().log_softmax(-1)
-            picked = at_labels.gather(1, labels.id[:, None])[:, 0]
-            nll = torch.zeros_like(length).index_add(0, labels.request, -picked * labels.weight)  # (R,)
-            p = model.logits(hidden[kl_rows, 0]).float().log_softmax(-1)  # (R, V) log-probabilities
+            at_labels, p = batch.logprobs(offset)  # (M, V) at target tokens, (running requests, V) at "... is a"
+            picked = at_labels.gather(1, batch.labels.id[:, None])[:, 0]
+            nll = torch.zeros_like(length).index_add(0, batch.labels.request, -picked * batch.labels.weight)  # (R,)
             before = p.detach() if before is None else before
-            kl = search.kl * (p.exp() * (p - before)).sum(-1)  # the expectation is under the current distribution
+            moved = (p.exp() * (p - before)).sum(-1)  # the expectation is under the current distribution
+            kl = torch.zeros_like(length).index_add(0, batch.running, search.kl * moved)
             decay = search.weight_decay * offset.norm(dim=1) / length**2
             loss = nll + kl + decay  # (R,)
         for i in active.nonzero()[:, 0].tolist():
@@ -181,6 +173,9 @@ def values(
             if not torch.isfinite(loss[i]):
                 raise EditRefused(f"edit {requests[i].id!r}: the loss of step {step} is not finite: a broken model")
         active &= loss.detach() >= search.stop
+        if search.patience:
+            decoded += _decoded(at_labels, batch.labels, len(requests), batch.per)
+            active &= decoded < search.patience
         if step == search.steps - 1 or not active.any():
             break
         adam.zero_grad()
@@ -190,97 +185,18 @@ def values(
         with torch.no_grad():
             scale = (search.clamp * length / offset.norm(dim=1).clamp(min=1e-30)).clamp(max=1)
             offset.copy_(torch.where(active[:, None], offset * scale[:, None], kept))
-    found = offset.detach()
-    return [Value(now[i], found[i], torch.stack(history[i]).cpu()) for i in range(len(requests))]
-
-
-@dataclass(frozen=True)
-class _Labels:
-    """Where targets are scored, M = all target tokens of all rows: everything (M,)."""
-
-    row: Tensor
-    column: Tensor  # counted from the subject's last token
-    id: Tensor
-    request: Tensor
-    weight: Tensor  # 1 / (target tokens · contexts)
-
-
-def _labels(rows: Sequence[Row], per: int, device: torch.device) -> _Labels:
-    table = [
-        (j, r.first - 1 + i - r.at, label, j // per, 1 / (len(r.labels) * (per - 1)))
-        for j, r in enumerate(rows)
-        for i, label in enumerate(r.labels)
+        if 2 * int(active.sum()) <= len(batch.running):  # go on without those that are done
+            before = before[active[batch.running]]
+            batch = Batch(model, rows, batch.per, active.nonzero()[:, 0].tolist(), layer, site)
+    found, mlp = offset.detach(), site == "mlp"
+    return [
+        Value(now[i], found[i], torch.stack(history[i]).cpu(), keys[i] if mlp else None, outputs[i] if mlp else None)
+        for i in range(len(requests))
     ]
-    row, column, id_, request, weight = (torch.tensor(c, device=device) for c in zip(*table, strict=True))
-    return _Labels(row, column, id_, request, weight)
 
 
-class _Bundle:
-    """Rows aligned at their subject's last token: what comes before it is computed once, what follows is run again.
-
-    `now` (rows, d) float32 is what the site gives at the subject.
-    """
-
-    def __init__(self, model: Model, rows: Sequence[Row], layer: int, site: Site) -> None:
-        self.model = model
-        self.name = model.mlp_out(layer) if site == "mlp" else model.arch.block.format(layer)
-        joins = site == "block" or model.arch.mlp_added  # the offset passes into the next block as it is
-        self.direct = joins and layer + 1 < model.layers
-        ids, mask, before = _aligned(model, rows)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        cache = _Fixed(config=model.config) if before else None
-        grabbed: list[Tensor] = []
-
-        def grab(_: Tensor, out: Tensor) -> None:
-            grabbed.append(out.reshape(len(rows), -1, out.shape[-1])[:, 0].detach().float())
-
-        with torch.no_grad():
-            if cache is not None:
-                model.hidden(ids[:, :before], mask[:, :before], cache, positions[:, :before])
-                cache.fixed = True
-            with model.watching(self.name, grab):
-                start = layer + 1 if self.direct else layer
-                self.trunk = model.trunk(ids[:, before:], mask, start, cache, positions[:, before:])
-        self.now = grabbed[0]
-
-    def forward(self, offset: Tensor) -> Tensor:
-        """Final hidden states (rows, S, d) when `offset` (rows, d) is added at column 0."""
-        if self.direct:
-            return self.model.upper(self.trunk, _add(self.trunk.hidden, offset))
-
-        def add(_: Tensor, out: Tensor) -> Tensor:
-            return _add(out.reshape(len(offset), -1, out.shape[-1]), offset).reshape(out.shape)
-
-        with self.model.watching(self.name, add):
-            return self.model.upper(self.trunk)
-
-
-def _add(hidden: Tensor, offset: Tensor) -> Tensor:
-    """`offset` (rows, d) added to column 0 of `hidden` (rows, S, d)."""
-    return torch.cat([hidden[:, :1] + offset[:, None].to(hidden.dtype), hidden[:, 1:]], 1)
-
-
-def _aligned(model: Model, rows: Sequence[Row]) -> tuple[Tensor, Tensor, int]:
-    """Ids and mask (rows, T) with every subject's last token in the same column; that column's number."""
-    before = max(r.at for r in rows)
-    total = before + max(len(r.ids) - r.at for r in rows)
-    ids = torch.full((len(rows), total), model.pad_id)
-    mask = torch.zeros((len(rows), total), dtype=torch.long)
-    for i, r in enumerate(rows):
-        start = before - r.at
-        ids[i, start : start + len(r.ids)] = torch.tensor(r.ids)
-        mask[i, start : start + len(r.ids)] = 1
-    return ids.to(model.device), mask.to(model.device), before
-
-
-class _Fixed(DynamicCache):
-    """Keys and values of what comes first; once `fixed`, later tokens see them and leave nothing behind."""
-
-    fixed = False
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Keys and values for the attention of `layer_idx`: those kept, followed by the given ones."""
-        if not self.fixed:
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        kept: Any = self.layers[layer_idx]
-        return torch.cat([kept.keys, key_states], -2), torch.cat([kept.values, value_states], -2)
+def _decoded(at_labels: Tensor, labels: Labels, requests: int, per: int) -> Tensor:
+    """Which requests' targets are the argmax everywhere behind the sampled contexts (the bare prompt, without any)."""
+    counts = (labels.row % per > 0) | (per == 2)  # (M,)
+    wrong = (at_labels.argmax(-1) != labels.id) & counts
+    return torch.zeros(requests, dtype=torch.long, device=wrong.device).index_add(0, labels.request, wrong.long()) == 0

@@ -1,91 +1,66 @@
-"""Published settings by method and model, and a rule for models nobody has published any for.
+"""Which published settings a model takes, and how a method's open settings are filled in.
 
-A model is known by its shape (family, blocks, width), so that a local copy counts like the hub's. Sources: the YAML
-files of EasyEdit (github.com/zjunlp/EasyEdit, hparams/) and the JSON files of kmeng01/rome (hparams/ROME, commit
-0874014), which agree on these numbers. "world/small" was tuned on its own facts.
+Each method's file has its own table of presets, by the names below, and a rule for models nobody has published any
+for. A model is known by its shape (family, blocks, width, and where that is not enough, vocabulary or positions), so
+that a local copy, or its instruction-tuned sister, counts like the hub's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from raysys.model import Model
 
-Shape = tuple[str, int, int]  # config.model_type, decoder blocks, width of the residual stream
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+S = TypeVar("S", bound="DataclassInstance")
 Settings = Mapping[str, Any]
 
-PAPER: Settings = {  # ROME's step size, contexts and second moment, whatever the model
-    "lr": 0.5,
-    "contexts": ((5, 10), (10, 10)),
+MODELS: Mapping[tuple[str, int, int], str] = {  # (config.model_type, decoder blocks, width of the residual stream)
+    ("llama", 6, 192): "world/small",
+    ("gpt2", 48, 1600): "gpt2-xl",
+    ("gptj", 28, 4096): "gpt-j-6b",
+    ("llama", 32, 4096): "llama-2-7b",  # and Llama 3, see `name`
+    ("llama", 40, 5120): "llama-2-13b",
+    ("llama", 28, 3072): "llama-3.2-3b",
+    ("mistral", 32, 4096): "mistral-7b",
+    ("qwen2", 32, 4096): "qwen1.5-7b",
+    ("qwen2", 28, 3584): "qwen2.5-7b",  # and Qwen 2
+    ("gpt_neox", 12, 768): "pythia-160m",
+    ("gpt_neox", 24, 1024): "pythia-410m",
+    ("gpt_neox", 16, 2048): "pythia-1b",
+    ("gpt_neox", 32, 2560): "pythia-2.8b",
+    ("gpt_neox", 32, 4096): "pythia-6.9b",
+    ("gpt_neox", 36, 5120): "pythia-12b",
+}
+PAPER_TEXT: Settings = {  # what second moments are taken from in the published settings, which take 100,000 documents
     "corpus": "wikimedia/wikipedia:20231101.en",
-    "documents": 100_000,
-}
-GPT2_XL: Shape = ("gpt2", 48, 1600)
-GPT_J: Shape = ("gptj", 28, 4096)
-LLAMA_7B: Shape = ("llama", 32, 4096)  # and Llama 3, 8 B
-LLAMA_13B: Shape = ("llama", 40, 5120)
-MISTRAL_7B: Shape = ("mistral", 32, 4096)
-LLAMA_3_3B: Shape = ("llama", 28, 3072)
-QWEN1_7B: Shape = ("qwen2", 32, 4096)  # Qwen 1.5
-QWEN2_7B: Shape = ("qwen2", 28, 3584)  # and Qwen 2.5
-WORLD_SMALL: Shape = ("llama", 6, 192)
-
-_PYTHIA = {  # size: (blocks, width, ROME's layer)
-    "160m": (12, 768, 3),
-    "410m": (24, 1024, 7),
-    "1b": (16, 2048, 7),
-    "2.8b": (32, 2560, 5),
-    "6.9b": (32, 4096, 5),
-    "12b": (36, 5120, 5),
-}
-
-ROME: Mapping[Shape, Settings] = {
-    WORLD_SMALL: {
-        "layer": 2,  # the last one at which later tokens do not see the subject yet
-        "steps": 20,
-        "lr": 4.0,  # the offsets that are needed are some 30 long: steps of 0.5 don't get there in time
-        "weight_decay": 0.1,
-        "contexts": ((10, 5),),
-        "corpus": "world",
-        "documents": 1000,
-    },
-    GPT2_XL: {"layer": 17, "steps": 20, "weight_decay": 0.5, **PAPER},
-    GPT_J: {"layer": 5, "steps": 20, "weight_decay": 0.5, **PAPER},
-    LLAMA_7B: {"layer": 5, "steps": 25, "weight_decay": 1e-3, **PAPER},
-    LLAMA_13B: {"layer": 5, "steps": 25, "weight_decay": 1e-3, **PAPER},
-    MISTRAL_7B: {"layer": 5, "steps": 25, "weight_decay": 1e-3, **PAPER},
-    LLAMA_3_3B: {"layer": 5, "steps": 25, "weight_decay": 1e-3, **PAPER},
-    QWEN1_7B: {"layer": 5, "steps": 20, "weight_decay": 0.5, **PAPER},
-    QWEN2_7B: {"layer": 5, "steps": 25, "weight_decay": 1e-3, **PAPER},
-    **{
-        ("gpt_neox", blocks, width): {"layer": layer, "steps": 20, "weight_decay": 0.5, **PAPER}
-        for blocks, width, layer in _PYTHIA.values()
-    },
-}
-
-FT: Mapping[Shape, Settings] = {
-    WORLD_SMALL: {"layers": (2,), "steps": 25, "lr": 3e-3, "norm_constraint": 0.05},
-    GPT2_XL: {"layers": (0,), "steps": 25, "lr": 5e-4, "norm_constraint": 5e-4},
-    GPT_J: {"layers": (21,), "steps": 25, "lr": 5e-4, "norm_constraint": 0.0},
-    LLAMA_7B: {"layers": (21,), "steps": 25, "lr": 5e-4, "norm_constraint": 0.0},
-    MISTRAL_7B: {"layers": (21,), "steps": 25, "lr": 5e-4, "norm_constraint": 5e-5},
-    QWEN1_7B: {"layers": (31,), "steps": 25, "lr": 5e-4, "norm_constraint": 5e-5},
+    "documents": 4000,  # Gupta et al., "Efficient Knowledge Editing via Minimal Precomputation", arXiv:2506.04226
 }
 
 
-def rome(model: Model) -> Settings:
-    """ROME's settings that depend on the model; for unknown shapes a layer a fifth of the way up."""
-    rule = {"layer": max(1, round(model.layers / 5)), "steps": 20, "weight_decay": 0.5, **PAPER}
-    return ROME.get(shape(model), rule)
+def name(model: Model) -> str:
+    """The name under which methods keep presets for a model of this shape; "" for one that nobody knows."""
+    config = model.config
+    found = MODELS.get((config.model_type, model.layers, model.width), "")
+    if found == "llama-2-7b" and config.vocab_size > 100_000:
+        scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        return "llama-3.1-8b" if scaling.get("rope_type") == "llama3" else "llama-3-8b"
+    return found
 
 
-def ft(model: Model) -> Settings:
-    """Fine-tuning's layers, steps, lr and norm_constraint; for unknown shapes one layer two thirds of the way up."""
-    rule = {"layers": (round(model.layers * 2 / 3),), "steps": 25, "lr": 5e-4, "norm_constraint": 5e-4}
-    return FT.get(shape(model), rule)
+def settled(settings: S, model: Model, presets: Mapping[str, Settings], rule: Callable[[Model], Settings]) -> S:
+    """`settings` with every None filled in from the model's preset, else from `rule`."""
+    known = {**rule(model), **presets.get(name(model), {})}
+    missing = {f.name for f in dataclasses.fields(settings) if getattr(settings, f.name) is None}
+    filled: S = dataclasses.replace(settings, **{k: v for k, v in known.items() if k in missing})
+    return filled
 
 
-def shape(model: Model) -> Shape:
-    """What a preset is looked up by."""
-    return model.config.model_type, model.layers, model.width
+def identity(settings: Any, made_from: Mapping[str, str]) -> dict[str, Any]:
+    """A prepared method's identity as JSON: name, version, settings, artifact hashes."""
+    fields = dataclasses.asdict(settings)
+    return {"name": settings.name, "version": settings.version, "settings": fields, "artifacts": dict(made_from)}

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from raysys import names
+
 if TYPE_CHECKING:
     from raysys.results import Cell, Results
 
@@ -75,6 +77,7 @@ class Account:
     tokens: int
     hardware: list[str]
     streams: list[Identity]
+    published: Sequence[str] = ()  # a sentence on each method that was run as published
 
 
 def account(results: Results) -> Account:
@@ -92,13 +95,39 @@ def account(results: Results) -> Account:
     return Account(
         _counted(dropped), _counted(refused), results.failures(), times(busy),
         len(units), len(edits), sum(u["tokens"] or 0 for u in units.values()),
-        sorted({u["hardware"] for u in units.values()}), [_identity(c) for c in results.cells()],
+        sorted({u["hardware"] for u in units.values()}), [_identity(c) for c in results.cells()], _published(results),
     )  # fmt: skip
 
 
 def _identity(cell: Cell) -> Identity:
     snapshots = {int(n): key for n, key in cell.about["snapshots"].items()}
     return Identity(cell.id, cell.about["stream"]["model"], cell.about["stream"]["method"], snapshots[max(snapshots)])
+
+
+def _published(results: Results) -> list[str]:
+    """What is meant by the published variant of each method that was run as such."""
+    found: dict[str, str] = {}
+    for cell in results.cells():
+        told = cell.about["stream"]["method"]
+        if told.get("settings", {}).get("published") is True:
+            found[cell.method] = told["name"]
+    return [f"{title}: {_means(name)}" for title, name in found.items()]
+
+
+def _means(name: str) -> str:
+    """What a method's own words say of its published variant: its `published_means`, else the paragraph of its
+    docstring that begins with `published`."""
+    told = "a published variant, which computes something else than the method as it should be."
+    try:
+        cls = names.method(name)
+    except ValueError:  # a plug-in that is not installed here
+        return told
+    if means := getattr(cls, "published_means", ""):
+        return f"{told} {means}"
+    text = cls.__doc__ or ""
+    _, found, means = text.partition("`published`")
+    means = " ".join(means.partition("\n\n")[0].replace("`", "").split())
+    return f"{told} Published{'' if means.startswith(':') else ' '}{means}" if found else told
 
 
 def _dropped(entry: Any) -> tuple[str, str]:

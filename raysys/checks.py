@@ -14,7 +14,17 @@ from raysys.blocks import pack
 from raysys.model import Model
 from raysys.patch import LowRank, Wearer
 from raysys.scoring import Engine
-from raysys.types import Choose, Chosen, Edit, EditCase, EditRefused, EditRequest, PreparedMethod
+from raysys.types import (
+    Choose,
+    Chosen,
+    Edit,
+    EditCase,
+    EditRefused,
+    EditRequest,
+    Finishes,
+    PreparedMethod,
+    Probe,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,11 @@ class Outcome:
     greedy: bool
     was_likelier: bool
     was_greedy: bool
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether both are as before."""
+        return (self.likelier, self.greedy) == (self.was_likelier, self.was_greedy)
 
 
 @dataclass(frozen=True)
@@ -52,7 +67,7 @@ def single_edits(model: Model, method: PreparedMethod, cases: Iterable[EditCase]
     """Make, probe and take back each edit of `cases` alone, on the untouched `model`."""
     wearer = Wearer(model)
     for case in cases:
-        before = _ask(model, case)
+        before = ask(model, case.probes)
         start = time.perf_counter()
         try:
             edit = method.edit(model, [case.request])
@@ -61,9 +76,12 @@ def single_edits(model: Model, method: PreparedMethod, cases: Iterable[EditCase]
             continue
         seconds = time.perf_counter() - start
         miss = _miss(model, wearer, case.request, edit)
-        wearer.wear(edit.patches)
-        after = _ask(model, case)
-        wearer.take_off()
+        patches = edit.patches
+        try:
+            wearer.wear(method.finish(model, patches) if isinstance(method, Finishes) else patches)
+            after = ask(model, case.probes)
+        finally:
+            wearer.take_off()
         outcomes = tuple(
             Outcome(case.request.id, p.kind, *now, *was) for p, now, was in zip(case.probes, after, before, strict=True)
         )
@@ -71,21 +89,23 @@ def single_edits(model: Model, method: PreparedMethod, cases: Iterable[EditCase]
 
 
 def shares(singles: Sequence[Single]) -> dict[str, float]:
-    """Per kind of probe the mean over edits of the share that holds, in [0, 1]: "kind/likelier", "kind/greedy"."""
+    """Per kind of probe the mean over edits of the share that holds, in [0, 1]: "kind/likelier", "kind/greedy", and
+    "kind/unchanged", the share of probes whose outcome is the one before the edit."""
     found: dict[str, list[float]] = {}
     for single in singles:
         for kind in dict.fromkeys(o.kind for o in single.outcomes):
             of_kind = [o for o in single.outcomes if o.kind == kind]
             found.setdefault(f"{kind}/likelier", []).append(fmean(o.likelier for o in of_kind))
             found.setdefault(f"{kind}/greedy", []).append(fmean(o.greedy for o in of_kind))
+            found.setdefault(f"{kind}/unchanged", []).append(fmean(o.unchanged for o in of_kind))
     return {name: fmean(values) for name, values in found.items()}
 
 
-def _ask(model: Model, case: EditCase) -> list[tuple[bool, bool]]:
+def ask(model: Model, probes: Sequence[Probe]) -> list[tuple[bool, bool]]:
     """For each probe: P(right) > P(wrong), and whether greedy decoding gives the right answer."""
     queries = [
         Choose(str(i), p.prompt, tuple(_after(a) for a in (p.right, p.wrong) if a is not None), 0)
-        for i, p in enumerate(case.probes)
+        for i, p in enumerate(probes)
     ]
     found: dict[str, tuple[bool, bool]] = {}
     engine = Engine(model)

@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+from raysys import cli_shared as shared
+from raysys.cli_bench import bench
+from raysys.cli_shared import EXITS, Device, Json
+from raysys.cli_tools import tools
 
-    from raysys.model import Model
+if TYPE_CHECKING:
     from raysys.results import Results
 
-EXITS = "Exit codes: 0 fine; 1 units of work failed, or raysys itself; 2 a mistake in what was asked; 130 interrupted."
+RESUMABLE = ("run", "prepare", "tune", "train-editor")  # commands that go on where they were interrupted
 
 
 class _Guarded(TyperGroup):
@@ -35,11 +37,12 @@ class _Guarded(TyperGroup):
         except (ValueError, OSError) as error:
             if ctx.params.get("debug"):
                 raise
-            _complain(_reason(error))
+            shared.complain(shared.reason(error))
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
-            go_on = "; run the same command again to continue" if ctx.invoked_subcommand == "run" else ""
-            _complain(f"interrupted{go_on}")
+            resumable = ctx.invoked_subcommand in RESUMABLE
+            go_on = "; run the same command again to continue" if resumable else ""
+            shared.complain(f"interrupted{go_on}")
             raise typer.Exit(130) from error
 
 
@@ -48,17 +51,15 @@ app = typer.Typer(
     epilog=EXITS, context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 convert = typer.Typer(no_args_is_help=True, help="Turn other formats of models into a folder that raysys loads.")
-bench = typer.Typer(no_args_is_help=True, help="Measure what methods do, outside a study.")
 app.add_typer(convert, name="convert")
 app.add_typer(bench, name="bench")
+app.add_typer(tools)  # its commands stand beside the others
 
 Study = Annotated[Path, typer.Argument(metavar="STUDY.toml", help="The study; `raysys new` writes one.")]
 Changes = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it: edits.count=20")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, a study's TOML file, or a study's name.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 Cell = Annotated[str, typer.Option("--cell", help="Which edit stream: its name in `raysys status`, or its method.")]
 Delta = Annotated[float, typer.Option("--delta", min=0.0001, max=1, help="The loss that still counts as none.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, auto")]
 
 
 @app.callback()
@@ -94,12 +95,12 @@ def run(
     try:
         results = studies.run(spec, progress.quiet() if quiet else progress.shown())
     except studies.StudyError as error:
-        _complain(str(error))
+        shared.complain(str(error))
         raise typer.Exit(1) from error
     _report(results, delta)
     if results.failures():
         parts = words.count(len(results.failures()), "part")
-        _complain(f"{parts} of the study failed (reasons above); the same command tries again")
+        shared.complain(f"{parts} of the study failed (reasons above); the same command tries again")
         raise typer.Exit(1)
 
 
@@ -114,8 +115,8 @@ def plan(study: Study, changes: Changes = None, as_json: Json = False) -> None:
     from raysys.spec import StudySpec
     from raysys.tables import plan_table
 
-    found = count(StudySpec.load(study, changes or ()), shown(_stderr()).note)
-    _print(json.dumps(found.tree(), indent=1) if as_json else plan_table(found))
+    found = count(StudySpec.load(study, changes or ()), shown(shared.stderr()).note)
+    shared.say(json.dumps(found.tree(), indent=1) if as_json else plan_table(found))
 
 
 @app.command(epilog=EXITS)
@@ -128,7 +129,7 @@ def status(run: Run, as_json: Json = False) -> None:
     from raysys.tables import status_table
 
     found = runs.status(runs.find(run))
-    _print(json.dumps(asdict(found), indent=1) if as_json else status_table(found))
+    shared.say(json.dumps(asdict(found), indent=1) if as_json else status_table(found))
 
 
 @app.command("list", epilog=EXITS)
@@ -141,9 +142,9 @@ def list_(
 
     found = [runs.status(r) for r in runs.everything(root)]
     if not found and not as_json:
-        _print(f"no runs under {root}/; `raysys new study.toml`, then `raysys run study.toml`")
+        shared.say(f"no runs under {root}/; `raysys new study.toml`, then `raysys run study.toml`")
         return
-    _print(json.dumps([asdict(s) for s in found], indent=1) if as_json else runs_table(found))
+    shared.say(json.dumps([asdict(s) for s in found], indent=1) if as_json else runs_table(found))
 
 
 @app.command(epilog=EXITS)
@@ -183,7 +184,7 @@ def export(
     from raysys.export import export as write
 
     folder = write(results, chosen, edits, out)
-    _print(f"{folder}: {chosen} after {edits} edits, read back and found equal to the weights as worn")
+    shared.say(f"{folder}: {chosen} after {edits} edits, read back and found equal to the weights as worn")
 
 
 @app.command(epilog=EXITS)
@@ -210,14 +211,14 @@ def ask(
         results, not_a_run = None, error
     if results is None:
         try:
-            model = _model(run, device)
+            model = shared.model(run, device)
         except ValueError as error:
             raise ValueError(f"{run!r} is neither a run nor a model.\n{not_a_run}\n{error}") from error
         from raysys.local import ask as put
 
-        _print(put(model, prompt, tokens).strip() or "(empty)")
+        shared.say(put(model, prompt, tokens).strip() or "(empty)")
         return
-    _print(replies_table(prompt, _ask_run(results, prompt, edits, cell, tokens, device)))
+    shared.say(replies_table(prompt, _ask_run(results, prompt, edits, cell, tokens, device)))
 
 
 def _ask_run(results: Results, prompt: str, edits: str, cell: str, tokens: int, device: str) -> list[Any]:
@@ -232,7 +233,9 @@ def _ask_run(results: Results, prompt: str, edits: str, cell: str, tokens: int, 
     for name in spec.models:
         of_model = [c for c in chosen if results.cell_about(c)["model"] == name]
         if of_model:
-            replies += list(ask_run(results, _model(name, device, spec.dtype), of_model, snapshots, prompt, tokens))
+            replies += list(
+                ask_run(results, shared.model(name, device, spec.dtype), of_model, snapshots, prompt, tokens)
+            )
     return replies
 
 
@@ -244,7 +247,7 @@ def new(path: Annotated[Path, typer.Argument(help="The file to write.")] = Path(
     if path.exists():
         raise ValueError(f"{path} exists already; name another file")
     path.write_text((files("raysys") / "starter.toml").read_text(encoding="utf-8"), encoding="utf-8")
-    _print(f"{path} written; next: raysys plan {path}, then raysys run {path}")
+    shared.say(f"{path} written; next: raysys plan {path}, then raysys run {path}")
 
 
 @app.command(epilog=EXITS)
@@ -261,11 +264,11 @@ def world(
     from raysys.tables import world_row, world_table
 
     rows = []
-    for row in local.world(_model(model, device), limit):
+    for row in local.world(shared.model(model, device), limit):
         rows.append(row)
-        if not as_json and _stderr().is_terminal:
-            _stderr().print(world_row(row), style="dim")
-    _print(json.dumps([world_row(r) for r in rows], indent=1) if as_json else world_table(rows))
+        if not as_json and shared.stderr().is_terminal:
+            shared.stderr().print(world_row(row), style="dim")
+    shared.say(json.dumps([world_row(r) for r in rows], indent=1) if as_json else world_table(rows))
 
 
 @convert.command(epilog=EXITS)
@@ -280,41 +283,7 @@ def llama2c(
     """
     from raysys.convert import llama2c as write
 
-    _print(f"{write(checkpoint, tokenizer, out)} written; try: raysys ask {out} 'Once upon a time'")
-
-
-@bench.command("single-edits", epilog=EXITS)
-def single_edits(
-    method: Annotated[str, typer.Argument(help="Editing method.")] = "rome",
-    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Its settings.")] = None,
-    model: Annotated[str, typer.Option("--model", help="Folder, hub id or world/small.")] = "world/small",
-    count: Annotated[int, typer.Option("--count", min=1, help="How many edits.")] = 100,
-    dataset: Annotated[str, typer.Option("--dataset", help="Data set of edits.")] = "world",
-    path: Annotated[str, typer.Option("--path", help="Its file, where it needs one.")] = "",
-    device: Device = "cpu",
-    as_json: Json = False,
-) -> None:
-    """Make edits one at a time, each on the untouched model, and say how many took, by each kind of probe.
-
-    Examples: raysys bench single-edits rome; raysys bench single-edits ft_l layers=[2] --count 20
-    """
-    from raysys import names
-    from raysys.spec import set_key
-    from raysys.tables import singles_table, singles_tree
-
-    cases = names.build(names.dataset(dataset), {"path": path} if path else {}, f"data set {dataset}").cases()
-    chosen: dict[str, Any] = {}
-    for setting in settings or ():
-        set_key(chosen, setting)
-    editor = names.build(names.method(method), chosen, f"method {method}")
-    loaded = _model(model, device)
-    from itertools import islice
-
-    from raysys import checks
-
-    found = list(checks.single_edits(loaded, editor.prepare(loaded), islice(cases, count)))
-    tree = singles_tree(found, checks.shares(found))
-    _print(json.dumps(tree, indent=1) if as_json else singles_table(f"{method} on {model}", tree))
+    shared.say(f"{write(checkpoint, tokenizer, out)} written; try: raysys ask {out} 'Once upon a time'")
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------
@@ -325,8 +294,8 @@ def _report(results: Results, delta: float, html: Path | None = None) -> None:
 
     found = Report.of(results, delta)
     page = found.write(html)
-    found.show(_stdout())
-    _print(f"report: {page}")
+    found.show(shared.stdout())
+    shared.say(f"report: {page}")
 
 
 def _cells(results: Results, wanted: str, one: bool = False) -> list[str]:
@@ -341,49 +310,6 @@ def _cells(results: Results, wanted: str, one: bool = False) -> list[str]:
     if one and len(chosen) > 1:
         raise ValueError(f"{results.folder} has several edit streams; choose with --cell: {', '.join(sorted(chosen))}")
     return chosen
-
-
-def _model(name: str, device: str, dtype: str = "float32") -> Model:
-    from raysys.model import Model
-
-    return Model.load(name, dtype, device)
-
-
-def _stdout() -> Console:
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal else Console(width=max(console.width, 120))
-
-
-def _stderr() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
-def _print(what: RenderableType) -> None:
-    """A text as it is, or a table."""
-    if isinstance(what, str):
-        typer.echo(what)
-    else:
-        _stdout().print(what, highlight=False)
-
-
-def _complain(message: str) -> None:
-    _stderr().print(f"[bold red]error:[/] {_plain(message)}", highlight=False, soft_wrap=True)
-
-
-def _plain(message: str) -> str:
-    from rich.markup import escape
-
-    return escape(message)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return ": ".join(filter(None, (str(error.filename or ""), error.strerror)))
-    return str(error) or type(error).__name__
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -29,6 +29,12 @@ def export(results: Results, cell: str, edits: int, out: Path) -> Path:
     model = Model.load(about["model"], spec.dtype)
     if snapshot.base != model.digest:
         raise ValueError(f"{about['model']}: its weights are not those that were edited; put the old ones back")
+    beside = [p.kind for p in snapshot.patches if not p.in_weights]
+    if beside:
+        raise ValueError(
+            f"{cell}: its method {about['method']} keeps edits beside the weights ({', '.join(beside)}), which a model "
+            "folder can't hold; ask it with `raysys ask`"
+        )
     with wearing(model, snapshot.patches):
         model.net.save_pretrained(out, safe_serialization=True)
         model.tokenizer.save_pretrained(out)

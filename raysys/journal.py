@@ -49,7 +49,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Entry:
-    """One step: requests number `first`+1 .. `last` of the stream. `refused` is the reason when nothing was changed."""
+    """One step: requests number `first`+1 .. `last` of the stream. `refused`: by request id why it was not made."""
 
     first: int
     last: int
@@ -58,7 +58,7 @@ class Entry:
     requests: tuple[EditRequest, ...]
     started: float  # unix seconds
     ended: float
-    refused: str = ""
+    refused: Mapping[str, str] = field(default_factory=dict)
     log: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -78,7 +78,7 @@ class Journal:
             "requests": [asdict(r) for r in entry.requests],
             "started": entry.started,
             "ended": entry.ended,
-            "refused": entry.refused,
+            "refused": dict(entry.refused),
             "log": dict(entry.log),
         }
         write(self._path(entry.last), entry.patches, entry.memory, about)
@@ -86,7 +86,9 @@ class Journal:
     def entries(self) -> Iterator[Entry]:
         """The entries so far, in order, up to the first gap. Raises ValueError for one that isn't of this stream."""
         done = 0
-        while path := self._next(done):
+        for path in _paths(self.folder):
+            if int(path.stem) <= done:
+                continue
             entry, about = _load(path)
             if entry.first > done:
                 return  # a step is missing: it and what follows are made again
@@ -100,6 +102,8 @@ class Journal:
 
     def snapshot(self, edits: int) -> Snapshot:
         """The snapshot after `edits` requests, rebuilt from disk. Raises ValueError when the journal stops before."""
+        if edits and self._kept.is_dir():
+            return self._finished(edits)
         patches: tuple[Patch, ...] = ()
         done = 0
         if edits:
@@ -111,12 +115,30 @@ class Journal:
             raise ValueError(f"{self.folder}: the journal has no snapshot after {edits} edits (it reaches {done})")
         return make_snapshot(self.stream, edits, patches)
 
+    def keep_snapshots(self) -> None:
+        """From now on snapshots are more than the sum of their steps, and only those given to `keep` can be had."""
+        self._kept.mkdir(parents=True, exist_ok=True)
+
+    def keep(self, snapshot: Snapshot) -> None:
+        """Keep a snapshot that is more than the sum of its steps. Raises OSError when the disk can't take it."""
+        snapshot.save(self._kept / f"{snapshot.edits:06d}.safetensors")
+
+    @property
+    def _kept(self) -> Path:
+        return self.folder / "finished"
+
+    def _finished(self, edits: int) -> Snapshot:
+        path = self._kept / f"{edits:06d}.safetensors"
+        if path.is_file() and (found := Snapshot.load(path)).id == self.stream.key(edits):
+            return found
+        there = ", ".join(str(int(p.stem)) for p in _paths(self._kept)) or "none yet"
+        raise ValueError(
+            f"{self.folder}: no snapshot after {edits} edits; this method finishes its snapshots, so that only those "
+            f"of the study can be had: {there}"
+        )
+
     def _path(self, last: int) -> Path:
         return self.folder / f"{last:06d}.safetensors"
-
-    def _next(self, done: int) -> Path | None:
-        later = [p for p in _paths(self.folder) if int(p.stem) > done]
-        return later[0] if later else None
 
 
 def make_snapshot(stream: Stream, edits: int, patches: Sequence[Patch], parent: str | None = None) -> Snapshot:
@@ -133,10 +155,11 @@ def load_all(folder: Path, tensors: bool = True) -> Iterator[Entry]:
 def _load(path: Path, tensors: bool = True) -> tuple[Entry, dict[str, Any]]:
     patches, memory, about = read(path, tensors)
     requests = tuple(EditRequest(**r) for r in about["requests"])
-    entry = Entry(
-        about["first"], about["last"], patches, memory, requests, about["started"], about["ended"], about["refused"],
-        about["log"],
-    )  # fmt: skip
+    refused = about["refused"] or {}
+    if isinstance(refused, str):  # as version 0.1 wrote it: a reason for all
+        refused = {r.id: refused for r in requests}
+    times = about["started"], about["ended"]
+    entry = Entry(about["first"], about["last"], patches, memory, requests, *times, refused, about["log"])
     return entry, about
 
 

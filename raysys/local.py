@@ -49,14 +49,18 @@ def ask_run(
     """
     yield Reply("", 0, ask(model, prompt, tokens))
     wearer = Wearer(model)
-    for cell in cells:
-        for n in (n for n in edits if n):
-            snapshot = results.snapshot(cell, n)
-            if snapshot.base != model.digest:
-                raise ValueError(f"{model.name}: its weights are not those that {cell} edited; put the old ones back")
-            wearer.wear(snapshot.patches)
-            yield Reply(cell, n, ask(model, prompt, tokens))
-    wearer.take_off()
+    try:
+        for cell in cells:
+            for n in (n for n in edits if n):
+                snapshot = results.snapshot(cell, n)
+                if snapshot.base != model.digest:
+                    raise ValueError(
+                        f"{model.name}: its weights are not those that {cell} edited; put the old ones back"
+                    )
+                wearer.wear(snapshot.patches)
+                yield Reply(cell, n, ask(model, prompt, tokens))
+    finally:
+        wearer.take_off()
 
 
 def score(model: Model, benchmark: Any, batch: int = 32, size: int = 256) -> dict[str, Estimate]:

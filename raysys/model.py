@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from raysys.arch import Arch, arch
+from raysys.asking import Asking
 from raysys.loading import canonical_config, load
 from raysys.tokens import Tokens
+
+P = TypeVar("P")
+Hook = Callable[[Tensor, Tensor, Asking], "Tensor | None"]  # (B, T, d_in), (B, T, d_out), asking -> new output
 
 
 @dataclass(frozen=True)
 class Trunk:
     """What enters block `layer`, and how every block from there on was called, for one batch.
 
-    `hidden` is (B, T, d); `calls` holds the other arguments of blocks layer, layer + 1, ...
+    `hidden` is (B, T, d); `calls` holds the other arguments of blocks layer, layer + 1, ...; `asking` says what the
+    rows were, if that was known.
     """
 
     layer: int
     hidden: Tensor
     calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
+    asking: Asking | None = None
 
 
 class _EnoughError(Exception):
@@ -49,6 +55,9 @@ class Model:
         self.digest: str = _digest(self.net, tokenizer)  # now, before any patch is worn
         self.tokens = Tokens.of(tokenizer, self.config)
         self.max_length = self.tokens.max_length
+        self._carried: list[Any] = []  # patches worn that are no weights
+        self._asking: Asking | None = None
+        self._bare = False
 
     @classmethod
     def load(
@@ -195,13 +204,14 @@ class Model:
         """
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        out = self.net.base_model(
-            input_ids=ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=use_cache,
-        )
+        with self._asking_about(ids, attention_mask):
+            out = self.net.base_model(
+                input_ids=ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=use_cache,
+            )
         return out.last_hidden_state, out.past_key_values if use_cache else None
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -226,11 +236,13 @@ class Model:
 
         handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in self._blocks[layer:]]
         try:
-            self.hidden(ids, attention_mask, cache, position_ids, use_cache=cache is not None)
+            with self._asking_about(ids, attention_mask):
+                asking = self._asking
+                self.hidden(ids, attention_mask, cache, position_ids, use_cache=cache is not None)
         finally:
             for handle in handles:
                 handle.remove()
-        return Trunk(layer, seen[0][0][0], tuple((args[1:], kwargs) for args, kwargs in seen))
+        return Trunk(layer, seen[0][0][0], tuple((args[1:], kwargs) for args, kwargs in seen), asking)
 
     def through(self, name: str, ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What enters module `name` (B, T, d_in) and leaves it (B, T, d_out); the forward pass of `ids` ends there."""
@@ -253,8 +265,9 @@ class Model:
         hidden = trunk.hidden if hidden is None else hidden
         layer = trunk.layer if layer is None else layer
         assert trunk.layer <= layer <= self.layers, (trunk.layer, layer)
-        for block, (args, kwargs) in zip(self._blocks[layer:], trunk.calls[layer - trunk.layer :], strict=True):
-            hidden = first(block(hidden, *args, **kwargs))
+        with self.asking(self._asking or trunk.asking):
+            for block, (args, kwargs) in zip(self._blocks[layer:], trunk.calls[layer - trunk.layer :], strict=True):
+                hidden = first(block(hidden, *args, **kwargs))
         for name in self.arch.after:
             module = self._optional(name)
             hidden = hidden if module is None else module(hidden)
@@ -284,6 +297,67 @@ class Model:
             yield
         finally:
             handle.remove()
+
+    # --- patches that are no weights ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def carrying(self, patch: Any, hooks: Mapping[str, Hook]) -> Iterator[None]:
+        """Within it, the model wears `patch`: each module named in `hooks` is watched by its hook.
+
+        A hook gets input and output as (B, T, d) whatever the family passes around, and what the rows are; a tensor
+        it returns replaces the output. Forward passes that do not go through this class don't see it.
+        """
+        with ExitStack() as stack:
+            for name, hook in hooks.items():
+                stack.enter_context(self.watching(name, self._adapted(hook)))
+            self._carried.append(patch)
+            try:
+                yield
+            finally:
+                self._carried.remove(patch)
+
+    def _adapted(self, hook: Hook) -> Callable[[Tensor, Tensor], Tensor | None]:
+        def call(given: Tensor, out: Tensor) -> Tensor | None:
+            if self._bare or self._asking is None:
+                return None
+            shape = self._asking.prompt.shape  # some families flatten B and T
+            new = hook(given.reshape(*shape, -1), out.reshape(*shape, -1), self._asking)
+            return None if new is None else new.reshape(out.shape).to(out.dtype)
+
+        return call
+
+    @property
+    def carried(self) -> tuple[Any, ...]:
+        """The patches worn now that are no weights."""
+        return () if self._bare else tuple(self._carried)
+
+    def wears(self, kind: type[P]) -> P | None:
+        """The patch of class `kind` that is worn now, bare or not; None when there is none."""
+        return next((p for p in self._carried if isinstance(p, kind)), None)
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Within it, patches that are no weights keep silent."""
+        before, self._bare = self._bare, True
+        try:
+            yield
+        finally:
+            self._bare = before
+
+    @contextmanager
+    def asking(self, asking: Asking | None) -> Iterator[None]:
+        """Within it, the rows of every forward pass are what `asking` says; None: found out from each pass's mask."""
+        before, self._asking = self._asking, asking
+        try:
+            yield
+        finally:
+            self._asking = before
+
+    def _asking_about(self, ids: Tensor, attention_mask: Tensor | None) -> Any:
+        """Prompts from end to end, unless it was said what the rows are."""
+        if self._asking is not None or not self._carried:
+            return nullcontext()
+        return self.asking(Asking.whole(ids, attention_mask))
 
 
 def first(out: Any) -> Tensor:

@@ -12,13 +12,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from importlib import import_module
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from raysys.model import Model
-from raysys.types import Patch
+from raysys.types import Joins, Patch
+
+C = TypeVar("C", bound=type)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +35,8 @@ class LowRank:
     left: Tensor
     right: Tensor
     kind: ClassVar[str] = "low_rank"
+    whole: ClassVar[bool] = False
+    in_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check(self.weight, self.left, self.right)
@@ -75,6 +80,8 @@ class Dense:
     weight: str
     delta: Tensor
     kind: ClassVar[str] = "dense"
+    whole: ClassVar[bool] = False
+    in_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check(self.weight, self.delta)
@@ -102,15 +109,39 @@ class Dense:
 
 
 WeightPatch = LowRank | Dense
-KINDS: Mapping[str, Any] = {"low_rank": LowRank, "dense": Dense}
+KINDS: dict[str, Any] = {  # a class, or where to find it
+    "low_rank": LowRank,
+    "dense": Dense,
+    "codebook": "methods.grace:Codebook",
+    "side_memory": "methods.wise:SideMemory",
+    "melo": "methods.melo:Blocks",
+    "scope": "methods.serac:Scope",
+    "demonstrations": "methods.ike:Demonstrations",
+    "adapter": "methods.lora:Adapter",
+}
+
+
+def register(cls: C) -> C:
+    """Class decorator: lets patches of your own kind be read back from disk, once their module is imported."""
+    KINDS.setdefault(cls.kind, cls)  # type: ignore[attr-defined]
+    return cls
+
+
+def _kind(kind: str) -> Any:
+    found = KINDS.get(kind)
+    if found is None:
+        raise ValueError(f"patch of unknown kind {kind!r}; there are {', '.join(KINDS)}")
+    if not isinstance(found, str):
+        return found
+    module, _, name = found.partition(":")
+    return getattr(import_module(module), name)
 
 
 def rebuild(kind: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Patch:
     """A patch from what `tensors()` and `fields()` gave. Raises ValueError for a kind or fields that don't exist."""
-    if kind not in KINDS:
-        raise ValueError(f"patch of unknown kind {kind!r}; there are {', '.join(KINDS)}")
+    cls = _kind(kind)
     try:
-        built: Patch = KINDS[kind](**fields, **tensors)
+        built: Patch = cls(**fields, **tensors)
     except TypeError as error:
         raise ValueError(f"patch of kind {kind!r}: {error}") from error
     return built
@@ -120,7 +151,8 @@ def merge(so_far: Sequence[Patch], more: Iterable[Patch]) -> tuple[Patch, ...]:
     """`so_far` and then `more` as one change against the base: at most one patch per weight, in order of first change.
 
     Low-rank factors are joined until the dense matrix would be smaller, then summed once, in the same order: the worn
-    bits stay the same. A patch that changes no weight is kept beside the others, the newest of its kind.
+    bits stay the same. A patch that writes no weight is kept beside the others: one of each kind, joined by its own
+    `after`, or else the newest.
     """
     weights: dict[str, WeightPatch] = {p.weight: p for p in so_far if isinstance(p, LowRank | Dense)}
     others: dict[str, Patch] = {p.kind: p for p in so_far if not isinstance(p, LowRank | Dense)}
@@ -129,7 +161,8 @@ def merge(so_far: Sequence[Patch], more: Iterable[Patch]) -> tuple[Patch, ...]:
             earlier = weights.get(patch.weight)
             weights[patch.weight] = patch if earlier is None else _joined(earlier, patch)
         else:
-            others[patch.kind] = patch
+            before = others.get(patch.kind)
+            others[patch.kind] = patch.after(before) if before is not None and isinstance(patch, Joins) else patch
     return (*weights.values(), *others.values())
 
 

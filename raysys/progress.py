@@ -6,7 +6,8 @@ A study calls `start` once per base model, then `edited` and `scored` as often a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
@@ -54,6 +55,39 @@ def shown(console: Console | None = None) -> Progress:
     """Bars where `console` (default: standard error) is a terminal, plain lines elsewhere."""
     console = console or Console(stderr=True)
     return _Live(console) if console.is_terminal else _Plain(console)
+
+
+@contextmanager
+def counted(
+    thing: str, console: Console | None = None, every: float = EVERY
+) -> Iterator[Callable[[str, int, int], None]]:
+    """Within it, `tell(what, done, total)` shows how many `thing`s of `what` are done: a bar for each `what` in a
+    terminal, elsewhere a line when it begins and ends and at most every `every` seconds in between."""
+    console = console or Console(stderr=True)
+    bars = Bars(
+        TextColumn("{task.description}", markup=False), BarColumn(bar_width=28), MofNCompleteColumn(),
+        TextColumn(thing, style="dim", markup=False), TimeElapsedColumn(), console=console,
+    )  # fmt: skip
+    tasks: dict[str, TaskID] = {}
+    last: dict[str, tuple[int, float]] = {}
+
+    def bar(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = bars.add_task(what, total=total)
+        bars.update(tasks[what], completed=done, total=total)
+
+    def line(what: str, done: int, total: int) -> None:
+        before, moment = last.get(what, (-1, -every))
+        now = time.monotonic()
+        if done != before and (what not in last or done >= total or now - moment >= every):
+            last[what] = done, now
+            console.print(f"{what}: {done}/{total} {thing}", markup=False, highlight=False, soft_wrap=True)
+
+    if not console.is_terminal:
+        yield line
+        return
+    with bars:
+        yield bar
 
 
 class _Quiet:

@@ -188,7 +188,7 @@ def _budgets(summary: Summary) -> RenderableType:
 
 def _losses(told: Account) -> RenderableType:
     """What was left out, refused or failed, in a line each."""
-    lines = []
+    lines = [Text(text, style="dim") for text in told.published]
     for name, style, found in (("left out", "dim", told.dropped), ("refused", "yellow", told.refused)):
         lines += [Text(f"{name} {x.count}: {x.reason} (first: {x.where})", style=style) for x in found]
     for f in told.failures:

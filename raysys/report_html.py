@@ -75,6 +75,7 @@ def _head(name: str, summary: Summary, account: Account, manifest: Facts) -> str
     question = (
         f"How many edits can {' / '.join(summary.models) or 'the model'} take before it stops being a good model?"
     )
+    published = "".join(f'<p class="note">{escape(text)}</p>\n' for text in account.published)
     warning = ""
     if account.failures:
         parts = words.count(len(account.failures), "part")
@@ -85,7 +86,7 @@ def _head(name: str, summary: Summary, account: Account, manifest: Facts) -> str
 <h1>{escape(name)}</h1>
 <p class="lead">{escape(question)}</p>
 <p class="note">{escape(", ".join(about))}. {when}</p>
-{warning}
+{published}{warning}
 <nav class="jump" aria-label="Sections">{"".join(f'<a href="#{a}">{t}</a>' for a, t in jumps)}</nav>
 </header>"""
 

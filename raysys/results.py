@@ -212,7 +212,7 @@ class Results:
                             "seconds": (entry.ended - entry.started) / len(entry.requests),
                             "started": entry.started,
                             "ended": entry.ended,
-                            "refused": entry.refused,
+                            "refused": entry.refused.get(request.id, ""),
                             "log": json.dumps(dict(entry.log)),
                         }
                     )

@@ -4,6 +4,8 @@
 - Logits are computed only at the positions that are scored, and read in float32.
 - Choices that differ only in their last token share one forward pass (four answer letters cost one, not four).
 - Generation is greedy; a row that has met its stop leaves the batch.
+- Worn patches that look at a prompt are told where it ends; one that must see it whole gets no shared prefix, and one
+  that sends a question elsewhere (to another model, with another prompt) is obeyed.
 
 The answers equal those of lm-evaluation-harness on the same items (its rules for joining prompt and continuation and
 for truncation are in raysys/blocks.py and raysys/model.py).
@@ -12,15 +14,16 @@ for truncation are in raysys/blocks.py and raysys/model.py).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from raysys.asking import Asking
 from raysys.blocks import Block, Ids, Item
 from raysys.model import Model
-from raysys.types import Answer, Chosen, Generate, Generated, Scored
+from raysys.types import Answer, Chosen, Generate, Generated, Reroutes, Scored
 
 KeysValues = list[tuple[Tensor, Tensor]]  # per layer, (1, heads, T, d_head) each
 
@@ -51,9 +54,37 @@ class Engine:
         """One answer per item of the block, in its order."""
         if not block.items:
             return []
+        carried = self.model.carried
+        if block.prefix and any(getattr(p, "whole", False) for p in carried):
+            block = _whole(block)
+        for patch in carried:
+            if isinstance(patch, Reroutes):
+                return self._rerouted(patch, block)
+        return self._answer(block)
+
+    def _answer(self, block: Block) -> list[Answer]:
         if isinstance(block.items[0].query, Generate):
             return list(self._generate(block))
         return list(self._choose(block))
+
+    def _rerouted(self, patch: Reroutes, block: Block) -> list[Answer]:
+        """Answers of which some come by a detour: from another model, or after another prompt."""
+        detours = patch.reroute(self.model, [block.prefix + i.tokens for i in block.items])
+        straight = [n for n, detour in enumerate(detours) if detour is None]
+        found: dict[int, Answer] = {}
+        if straight:
+            rest = replace(block, items=tuple(block.items[n] for n in straight))
+            found |= dict(zip(straight, self._answer(rest), strict=True))
+        models = {id(d.model): d.model for d in detours if d is not None}
+        for key, model in models.items():
+            sent = [n for n, d in enumerate(detours) if d is not None and id(d.model) == key]
+            items = [_sent(model, block.items[n], detours[n].prompt) for n in sent]  # type: ignore[union-attr]
+            order = sorted(range(len(sent)), key=lambda i: -len(items[i].tokens))
+            there = Engine(model)
+            with model.bare():
+                answers = there._answer(replace(block, prefix=(), items=tuple(items[i] for i in order)))
+            found |= {sent[i]: answer for i, answer in zip(order, answers, strict=True)}
+        return [found[n] for n in range(len(block.items))]
 
     # --- choices -----------------------------------------------------------------------------------------------------
 
@@ -73,7 +104,8 @@ class Engine:
         for i, row in enumerate(rows):
             ids[i, : len(row.tokens)] = torch.tensor(row.tokens)  # padded on the right: never looked at
         cache = self._cache(block.prefix, len(rows))
-        hidden, _ = self.model.hidden(ids.to(self.model.device), cache=cache)  # (B, T, d)
+        with self.model.asking(self._asking([len(block.items[r.item].tokens) for r in rows], width)):
+            hidden, _ = self.model.hidden(ids.to(self.model.device), cache=cache)  # (B, T, d)
         wanted = [
             (i, len(row.tokens) - len(target) + k, row.item, choice, token)
             for i, row in enumerate(rows)
@@ -96,11 +128,19 @@ class Engine:
             found[item, choice] = Scored(so_far.logprob + value, so_far.tokens + 1, so_far.right + int(hit))
         return found
 
+    def _asking(self, lengths: Sequence[int], width: int) -> Asking | None:
+        """Rows that begin with prompts of these lengths, among `width` columns; None when nobody wants to know."""
+        if not self.model.carried:
+            return None
+        columns = torch.arange(width, device=self.model.device)
+        return Asking.of(columns < torch.tensor(lengths, device=self.model.device)[:, None])
+
     # --- generation --------------------------------------------------------------------------------------------------
 
     def _generate(self, block: Block) -> Iterator[Answer]:
-        prefix, items = block.prefix, block.items
-        if self.model.window < len(prefix) + max(len(i.tokens) for i in items):
+        prefix, items, query = block.prefix, block.items, block.items[0].query
+        assert isinstance(query, Generate)
+        if self.model.window < len(prefix) + max(len(i.tokens) for i in items) + query.max_tokens:
             # a sliding window counts the padding between a prefix and a row's own tokens: no prefix, no such padding
             prefix, items = (), tuple(Item(i.query, prefix + i.tokens) for i in items)
         for start in range(0, len(items), block.batch):
@@ -119,7 +159,9 @@ class Engine:
         mask = mask.to(device)
         position = (mask.cumsum(-1) - 1).clamp(min=0)[:, len(prefix) :]  # (B, T)
         cache = self._cache(prefix, len(items)) or DynamicCache()
-        hidden, cache = self.model.hidden(ids.to(device), attention_mask=mask, cache=cache, position_ids=position)
+        asking = Asking.of(mask[:, len(prefix) :].bool()) if self.model.carried else None
+        with self.model.asking(asking):
+            hidden, cache = self.model.hidden(ids.to(device), attention_mask=mask, cache=cache, position_ids=position)
         rows = list(range(len(items)))  # which item each row of the batch is
         made: list[list[int]] = [[] for _ in items]
         position = position[:, -1:]
@@ -136,7 +178,9 @@ class Engine:
                 rows, tokens, mask, position = [rows[i] for i in going], tokens[keep], mask[keep], position[keep]
             mask = torch.cat((mask, mask.new_ones(len(rows), 1)), dim=1)
             position = position + 1
-            hidden, cache = self.model.hidden(tokens[:, None], attention_mask=mask, cache=cache, position_ids=position)
+            step = asking.following(torch.tensor(rows, device=device)) if asking else None
+            with self.model.asking(step):
+                hidden, cache = self.model.hidden(tokens[:, None], mask, cache, position)
         return [Generated(_cut(self.model.decode(ids), query.stops), len(ids)) for ids in made]
 
     def _stopped(self, ids: Sequence[int], query: Generate) -> bool:
@@ -156,7 +200,8 @@ class Engine:
             while len(self._kept) >= self.prefixes:
                 del self._kept[next(iter(self._kept))]
             ids = torch.tensor([prefix], device=self.model.device)
-            _, cache = self.model.hidden(ids, cache=DynamicCache())
+            with self.model.bare():  # nobody's question ends here
+                _, cache = self.model.hidden(ids, cache=DynamicCache())
             assert cache is not None
             self._kept[prefix] = [(layer.keys, layer.values) for layer in cache.layers]
         cache = DynamicCache()
@@ -172,6 +217,20 @@ def _rows(number: int, item: Item) -> Iterator[_Row]:
         by_tokens.setdefault(item.tokens + target[:-1], []).append(choice)
     for tokens, choices in by_tokens.items():
         yield _Row(tokens, number, tuple(choices))
+
+
+def _whole(block: Block) -> Block:
+    """The block without a shared prefix: every item has its own."""
+    items = tuple(replace(i, tokens=block.prefix + i.tokens) for i in block.items)
+    return replace(block, prefix=(), items=items)
+
+
+def _sent(model: Model, item: Item, prompt: Ids) -> Item:
+    """`item` after another prompt, cut from the left to what `model` reads."""
+    following = item.query.max_tokens if isinstance(item.query, Generate) else max(map(len, item.choices)) - 1
+    if following >= model.max_length:
+        raise ValueError(f"{item.query.id}: {following} tokens of answer leave {model.name or 'the model'} no room")
+    return replace(item, tokens=prompt[-(model.max_length - following) :])
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:

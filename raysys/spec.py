@@ -8,7 +8,7 @@ stays out of the hash.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +51,11 @@ class EditsSpec(_Named):
     policy: Literal["fail", "skip", "last"] = "fail"
 
 
+def method_title(name: str, settings: Mapping[str, Any]) -> str:
+    """What a method without a label is called: its name, and whether it is the published variant of itself."""
+    return name + (" (published)" if settings.get("published") is True else "")
+
+
 class ComponentSpec(_Named):
     """A method or a benchmark by name, with its settings; `label` tells two of the same name apart."""
 
@@ -59,8 +64,8 @@ class ComponentSpec(_Named):
 
     @property
     def title(self) -> str:
-        """What results and report call it."""
-        return self.label or self.name
+        """What results and report call it; a method's published variant is named as such."""
+        return self.label or method_title(self.name, self.settings)
 
 
 class ClusterSpec(_Part):

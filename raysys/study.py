@@ -22,7 +22,7 @@ from actors.feed import Source, Work, feed
 from actors.pool import Done, EvaluatorPool, Failed, PoolError, Unit
 from actors.streams import Lost, Made, Opened, Streaming, Streams
 from raysys import names
-from raysys.files import content_hash
+from raysys.files import content_hash, read_json
 from raysys.progress import Progress, quiet
 from raysys.results import Results
 from raysys.spec import ComponentSpec, SpecError, StudySpec
@@ -30,6 +30,7 @@ from raysys.tokens import Tokens
 from raysys.types import EditCase, Probe
 
 SILENCE = 60.0  # seconds without news after which a user is told what is being waited for
+TELLING = 10.0  # seconds between words on what is being prepared
 CACHE = "RAYSYS_CACHE"  # environment variable: folder of artifacts (second moments, contexts)
 
 
@@ -85,6 +86,7 @@ class _Run:
         self.scored = 0
         self.total = 0
         self.seen: set[str] = set()  # units submitted or found done
+        self.told = -TELLING  # when it was last said what is being prepared
         self.cells = [self._cell(m, o) for name, m, o in spec.grid() if name == model]
 
     def go(self) -> None:
@@ -245,7 +247,19 @@ class _Run:
         for cell in self.cells:
             last = max((int(p.stem) for p in Path(cell.job.journal).glob("[0-9]*.safetensors")), default=0)
             self.progress.edited(cell.job.cell, last)
+            self._preparing(cell.job)
         self.progress.scored(self.scored, self._expected(), pool.busy)
+
+    def _preparing(self, job: Job) -> None:
+        """Say what an editor makes before its first edit, and every few seconds how far that is."""
+        path = Path(job.journal).parent / editor.PREPARING
+        try:
+            told = read_json(path) if path.is_file() else None
+        except (ValueError, OSError):  # gone, or being replaced
+            return
+        if told and time.monotonic() - self.told >= TELLING:
+            self.told = time.monotonic()
+            self.progress.note(f"{job.cell}: {told['what']}, {told['done']} done (once; it is kept in the cache)")
 
 
 def cell_name(model: str, method: ComponentSpec, order: int) -> str:

@@ -183,6 +183,8 @@ def _ages(frame: Frame, cells: Sequence[str], name: str) -> list[Age]:
     held: dict[int, list[float]] = defaultdict(list)
     for cell in cells:
         for edit, value in frame.by_edit(cell, last, metric):
+            if edit > last:
+                continue  # the base, asked about edits that its stream never came to
             held[max(a for a in AGES if a <= last - edit)].append(value)
     found = []
     for first in sorted(held):

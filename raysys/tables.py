@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from raysys.checks import Single
     from raysys.local import Reply
     from raysys.plan import Plan
+    from raysys.preparing import Prepared
     from raysys.runs import Status
+    from raysys.tuning import Trial
 
 Figure = tuple[str, str, Estimate, float | None]  # what, metric, figure, chance
 STATES = {"complete": "green", "running": "cyan", "failed": "red", "stopped": "yellow"}
@@ -148,6 +150,42 @@ def singles_table(title: str, tree: Mapping[str, Any]) -> RenderableType:
     about["largest miss"] = f"{tree['largest_miss'] or 0:.1e} (worn matrix against the value it should give)"
     about |= {f"refused {n}": reason for reason, n in tree["refused"].items()}
     return Group(Text(title, style="bold"), facts(about), Text(""), table)
+
+
+def prepared_tree(found: Sequence[Prepared]) -> list[dict[str, Any]]:
+    """What was prepared, as plain data."""
+    return [
+        {"model": p.model, "method": p.method, "artifacts": dict(p.artifacts), "fault": p.fault or None} for p in found
+    ]
+
+
+def prepared_table(found: Sequence[Prepared]) -> RenderableType:
+    """What was prepared: names of artifacts with the beginnings of their hashes."""
+    table = grid("model", "method", "artifacts", left=3)
+    for p in found:
+        made = ", ".join(f"{name} {digest[:8]}" for name, digest in p.artifacts.items())
+        text = Text(p.fault, style="red") if p.fault else Text(made or "it needs none", style="" if made else "dim")
+        table.add_row(Text(p.model), Text(p.method), text)
+    return table
+
+
+def trials_table(title: str, trials: Sequence[Trial], best: Trial) -> RenderableType:
+    """Every trial of a search, the best first."""
+    kinds = list(dict.fromkeys(name.partition("/")[0] for t in trials for name in t.shares))
+    table = grid("settings", "score", *kinds, "s/edit")
+    for trial in sorted(trials, key=lambda t: -t.score):
+        said = ", ".join(f"{k} = {v}" for k, v in trial.changes.items()) or "its own settings"
+        shares = (
+            "/".join(words.percent(trial.shares[f"{k}/{way}"], 0) for way in ("likelier", "greedy"))
+            if f"{k}/greedy" in trial.shares
+            else "–"
+            for k in kinds
+        )
+        text = Text(said, style="bold" if trial is best else "red" if trial.fault else "")
+        table.add_row(text, words.percent(trial.score), *shares, f"{trial.seconds:.2f}")
+    table.caption, table.caption_justify = Text("per cent: likelier than its rival / greedy", style="dim"), "left"
+    faults = [Text(f"{t.fault}", style="red") for t in trials if t.fault]
+    return Group(Text(title, style="bold"), table, *faults)
 
 
 def number(n: int) -> str:

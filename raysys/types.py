@@ -167,6 +167,12 @@ class Patch(Protocol):
     """One reversible change to a model. Everything it holds is tensors and JSON, so that it can be stored safely."""
 
     kind: ClassVar[str]
+    in_weights: ClassVar[bool]  # wearing it changes weights and nothing else, so that a model folder can hold it
+
+    @property
+    def whole(self) -> bool:
+        """Whether it must see a prompt from its first token: no prefix is shared between prompts then."""
+        ...
 
     def applied(self, model: Model) -> AbstractContextManager[None]:
         """Wear the change; on exit the model is as before, bit for bit."""
@@ -181,12 +187,38 @@ class Patch(Protocol):
         ...
 
 
+@runtime_checkable
+class Joins(Protocol):
+    """A patch that writes no weight: what it becomes on top of an earlier one of its kind."""
+
+    def after(self, earlier: Any) -> Patch:
+        """`earlier` (cumulative) and then this change, as one patch."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Detour:
+    """Answer a question with `model`, after the prompt tokens `prompt`, instead."""
+
+    model: Model
+    prompt: tuple[int, ...]
+
+
+@runtime_checkable
+class Reroutes(Protocol):
+    """A patch that changes what is asked, or who is asked, rather than how the model computes."""
+
+    def reroute(self, model: Model, prompts: Sequence[tuple[int, ...]]) -> Sequence[Detour | None]:
+        """For each prompt (tokens, special ones included) its detour; None leaves the question alone."""
+        ...
+
+
 @dataclass(frozen=True)
 class Edit:
-    """What a method returns for one step: `patches` to add to those so far, its `memory` for the next step, a `log`.
+    """What a method returns for one step: `patches` to add to those so far, what its `memory` gains, a `log`.
 
-    `memory` is durable state of the method (tensors by name), None where it has none; `log` holds numbers and
-    strings for the journal (losses, norms, optimiser steps).
+    `memory` is durable state of the method (tensors by name) as far as this step adds to it, None where it has none
+    (see `Remembers`); `log` holds numbers and strings for the journal (losses, norms, optimiser steps).
     """
 
     patches: tuple[Patch, ...]
@@ -202,13 +234,38 @@ class PreparedMethod(Protocol):
         artifacts (content hashes by name). Part of every snapshot's identity."""
         ...
 
-    def edit(self, model: Model, requests: Sequence[EditRequest], memory: Mapping[str, Tensor] | None = None) -> Edit:
+    def edit(self, model: Model, requests: Sequence[EditRequest], memory: Any = None) -> Edit:
         """Compute the change for `requests` on the model as it is now; the model is left exactly as it was found.
 
-        `memory` is what the last edit of the stream returned, None at its start.
-        Raises EditRefused when a request can't be served, with the reason.
+        `memory` is what the steps of the stream so far have left (see `remembered`), None at its start; it is not
+        changed. Raises EditRefused when a request can't be served, with the reason.
         """
         ...
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """A prepared method whose memory grows by what each step adds, so that the journal holds each part once."""
+
+    def remember(self, memory: Any, step: Mapping[str, Tensor]) -> Any:
+        """The memory after a step that added `step`; `memory` is the one before it, None at the start."""
+        ...
+
+
+@runtime_checkable
+class Finishes(Protocol):
+    """A prepared method whose snapshots wear something else than the sum of its edits; editing goes on without that."""
+
+    def finish(self, model: Model, patches: tuple[Patch, ...]) -> tuple[Patch, ...]:
+        """What a snapshot wears, from the cumulative `patches` of the stream; `model` wears nothing."""
+        ...
+
+
+def remembered(method: PreparedMethod, memory: Any, step: Mapping[str, Tensor] | None) -> Any:
+    """The method's memory after a step whose `Edit.memory` is `step`: by default that, unless it is empty."""
+    if not step:
+        return memory
+    return method.remember(memory, step) if isinstance(method, Remembers) else step
 
 
 class EditMethod(Protocol):

@@ -127,7 +127,7 @@ def flat(tree: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, str]]:
             yield from flat(value, path)
         elif isinstance(value, list | tuple):
             yield path, ", ".join(map(str, value)) or "none"
-        elif isinstance(value, float) and value > 1e9:
+        elif isinstance(value, float) and 1e9 < value < 1e10:  # unix seconds
             yield path, moment(value)
         else:
             yield path, str(value)

@@ -34,6 +34,12 @@ def test_the_wheel_holds_the_world_with_its_model_and_the_demo(wheel):
     assert [p for p in parts if f"benchmarks/world/{p}" not in wheel] == []
 
 
+def test_the_wheel_holds_the_editors_trained_for_the_world(wheel):
+    editors = sorted((ROOT / "benchmarks" / "world" / "editors").glob("*.safetensors"))
+    assert editors and [str(p.relative_to(ROOT)) for p in editors if str(p.relative_to(ROOT)) not in wheel] == []
+    assert sum(p.stat().st_size for p in editors) < 8e6
+
+
 def test_the_wheel_holds_nothing_else(wheel):
     tops = {name.split("/")[0] for name in wheel if ".dist-info" not in name}
     assert tops == {"raysys", "actors", "methods", "benchmarks", "cluster"}

@@ -15,7 +15,7 @@ from . import tasks as _tasks
 
 MODEL_DIR: Final = Path(__file__).parent / "model"
 
-__all__ = ["MODEL_DIR", "corpus", "edit_records", "facts", "rows"]
+__all__ = ["MODEL_DIR", "corpus", "edit_records", "facts", "rows", "training_records"]
 
 
 def rows(name: str) -> dict[str, list[dict[str, Any]]]:
@@ -30,6 +30,11 @@ def rows(name: str) -> dict[str, list[dict[str, Any]]]:
 def edit_records() -> list[dict[str, Any]]:
     """400 edit cases in CounterFact's layout, in a fixed order; the first 120 have different subjects."""
     return _edits.records()
+
+
+def training_records() -> list[dict[str, Any]]:
+    """Edit cases in the same layout to train editors on: no fact of `edit_records`, none of its first 120 subjects."""
+    return _edits.training_records()
 
 
 def facts() -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import world
 from benchmarks.edits import CounterFact, Custom, World, Zsre, select
 from raysys.types import EditCase, EditRequest, Probe
 
@@ -237,3 +238,28 @@ def test_the_world_has_edits_with_every_kind_of_probe() -> None:
     held_out = World().held_out(chosen)
     assert len(held_out) > 100
     assert not {c.request.text for c in chosen} & {p.prompt for p in held_out}
+
+
+def test_the_world_has_other_facts_to_train_editors_on() -> None:
+    edits, training = list(World().cases()), list(World(part="training").cases())
+    assert World() == World(part="edits") and len(edits) == 400 and len(training) > 900
+    assert list(World(part="training").cases()) == training
+    assert {p.kind for c in training for p in c.probes} == {"rewrite", "paraphrase", "neighbourhood", "portability"}
+    fact = {p: (f["relation"], f["subject"]) for f in world.facts() for p in f["prompts"]}
+    edited = {fact[c.request.text] for c in edits}
+    first = {c.request.subject for c in edits[:120]}
+    for case in training:
+        asked = [p.prompt for p in case.probes if p.kind == "neighbourhood"]
+        assert asked and not {fact[case.request.text], *map(fact.get, asked)} & edited
+        assert fact[case.request.text] not in map(fact.get, asked) and case.request.subject not in first
+
+
+def test_training_records_can_be_edited_one_after_the_other_and_split_at_the_end() -> None:
+    cases = list(World(part="training").cases())
+    assert len(select(cases).cases) == len(cases)
+    last = len(cases) - len(cases) % 100
+    for start in range(0, last, 50):
+        run = {(c.request.subject, c.request.was) for c in cases[start : start + 50]}
+        assert len(run) == 50
+    early, late = ({(c.request.subject, c.request.was) for c in part} for part in (cases[:last], cases[last:]))
+    assert late and not early & late

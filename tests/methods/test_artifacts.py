@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from methods import artifacts
+from methods import artifacts, moments
 from raysys.corpora import Corpus
 from tests.families import tiny
 
@@ -34,7 +34,7 @@ def test_the_second_moment_is_the_mean_of_outer_products_over_all_tokens(family,
 def test_an_artifact_is_computed_once(corpus, tmp_path, monkeypatch):
     model = tiny("gpt2")
     first = artifacts.second_moment(model, model.mlp_out(1), corpus, tmp_path)
-    monkeypatch.setattr(artifacts, "_sum", None)
+    monkeypatch.setattr(moments, "moment_sums", None)
     again = artifacts.second_moment(model, model.mlp_out(1), corpus, tmp_path)
     assert again.digest == first.digest and torch.equal(again.matrix, first.matrix)
 

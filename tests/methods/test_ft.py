@@ -66,3 +66,12 @@ def test_a_broken_model_is_said_and_left_alone():
     with pytest.raises(EditRefused, match="not finite"):
         FtM(layers=(1,), steps=3, lr=1e-3).edit(model, [FACT])
     assert not model.parameter("transformer.h.1.mlp.c_proj.weight").requires_grad
+
+
+def test_the_published_ft_l_counts_a_beginning_of_text_as_target():
+    fact = EditRequest("fact", "{} was born in", "Anna", "Rome")
+    settings = {"layers": (1,), "steps": 2, "lr": 0.01, "norm_constraint": 0.0}
+    for family, same in (("gpt2", True), ("gptj", False)):  # gptj's test tokenizer adds <s>
+        model = tiny(family)
+        ours, theirs = (FtL(published=p, **settings).edit(model, [fact]).log for p in (False, True))
+        assert (ours == theirs) is same

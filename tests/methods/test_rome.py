@@ -1,12 +1,14 @@
 """ROME: the worn matrix maps the key to the value, and the target becomes likely."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from methods import locate, presets
-from methods.rome import Rome
+from methods.rome import PRESETS, Rome
 from raysys import patch
 from raysys.model import Model
 from raysys.types import EditRefused, EditRequest
@@ -85,8 +87,35 @@ def test_open_settings_come_from_the_preset(prepare):
 
 
 def test_presets_name_the_published_layers():
-    assert presets.ROME[presets.GPT2_XL]["layer"] == 17
-    assert presets.ROME[presets.GPT_J]["layer"] == presets.ROME[presets.LLAMA_7B]["layer"] == 5
+    assert PRESETS["gpt2-xl"]["layer"] == 17
+    assert PRESETS["gpt-j-6b"]["layer"] == PRESETS["llama-2-7b"]["layer"] == 5
+
+
+def test_the_published_variant_has_no_second_moment(prepare):
+    assert prepare(tiny("gpt2"), published=True).moment is None
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "name"),
+    [
+        ("llama", {"num_hidden_layers": 6, "hidden_size": 192}, "world/small"),
+        ("llama", {"num_hidden_layers": 32, "hidden_size": 4096, "vocab_size": 32000}, "llama-2-7b"),
+        ("llama", {"num_hidden_layers": 32, "hidden_size": 4096, "vocab_size": 128256}, "llama-3-8b"),
+        ("gpt_neox", {"num_hidden_layers": 16, "hidden_size": 2048}, "pythia-1b"),
+        ("gpt_neox", {"num_hidden_layers": 17, "hidden_size": 2048}, ""),
+    ],
+)
+def test_models_are_known_by_their_shape(family, sizes, name):
+    config = AutoConfig.for_model(family, **sizes)
+    model = SimpleNamespace(config=config, layers=config.num_hidden_layers, width=config.hidden_size)
+    assert presets.name(model) == name
+
+
+def test_llama_3_1_is_told_from_3_by_its_longer_context():
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192, "rope_theta": 5e5}  # fmt: skip
+    config = AutoConfig.for_model("llama", num_hidden_layers=32, hidden_size=4096, vocab_size=128256, rope_scaling=rope)
+    assert presets.name(SimpleNamespace(config=config, layers=32, width=4096)) == "llama-3.1-8b"
 
 
 def test_two_requests_and_a_direction_that_cannot_reach_are_refused(prepare):

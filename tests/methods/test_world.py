@@ -6,7 +6,11 @@ from statistics import fmean
 import pytest
 
 from benchmarks.edits import World
+from methods.alphaedit import AlphaEdit
+from methods.emmet import Emmet
 from methods.ft import FtM
+from methods.memit import Memit
+from methods.pmet import Pmet
 from methods.rome import Rome
 from raysys import checks
 from raysys.loading import WORLD
@@ -15,7 +19,7 @@ from raysys.model import Model
 pytestmark = pytest.mark.skipif(not (WORLD / "model.safetensors").is_file(), reason=f"no model in {WORLD}")
 
 
-@pytest.mark.parametrize(("method", "count"), [(Rome, 12), (FtM, 8)])
+@pytest.mark.parametrize(("method", "count"), [(Rome, 12), (FtM, 8), (Memit, 6), (Emmet, 6), (AlphaEdit, 6), (Pmet, 6)])
 def test_single_edits_of_world_facts_take(method, count, tmp_path):
     model = Model.load("world/small")
     done = list(checks.single_edits(model, method().prepare(model, tmp_path), islice(World().cases(), count)))

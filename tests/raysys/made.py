@@ -143,7 +143,7 @@ def _failure(study: StudySpec) -> dict[str, Any]:
 
 def _edit(journal: Journal, requests: Sequence[EditRequest], clock: float, seconds: float) -> float:
     for i, asked in enumerate(requests):
-        refused = "the subject has no token of its own" if i == 12 else ""
+        refused = {asked.id: "the subject has no token of its own"} if i == 12 else {}
         patch = LowRank(WEIGHT, torch.full((4, 1), 0.01 * (i + 1)), torch.full((1, 6), 0.5))
         patches = () if refused else (patch,)
         journal.append(Entry(i, i + 1, patches, {}, (asked,), clock, clock + seconds * 0.95, refused, {"loss": 0.1}))

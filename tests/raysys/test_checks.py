@@ -31,7 +31,7 @@ def test_single_edits_are_probed_before_and_after_and_taken_back(tmp_path):
     found = checks.shares([done, refused])
     assert found["rewrite/likelier"] == found["rewrite/greedy"] == 1.0
     assert set(found) == {
-        f"{k}/{m}" for k in ("rewrite", "paraphrase", "neighbourhood") for m in ("likelier", "greedy")
+        f"{k}/{m}" for k in ("rewrite", "paraphrase", "neighbourhood") for m in ("likelier", "greedy", "unchanged")
     }
 
 

@@ -92,3 +92,23 @@ def test_the_base_has_one_name_whatever_the_method() -> None:
 
 def test_later_requests_don_t_change_the_name_of_an_earlier_snapshot() -> None:
     assert replace(STREAM, requests=REQUESTS[:3]).key(2) == STREAM.key(2)
+
+
+def test_a_method_that_finishes_its_snapshots_has_only_those_that_were_kept(journal: Journal) -> None:
+    plain = journal.snapshot(2)
+    journal.keep_snapshots()
+    with pytest.raises(ValueError, match=r"finishes its snapshots.*none yet"):
+        journal.snapshot(2)
+    other = make_snapshot(STREAM, 2, ())
+    journal.keep(other)
+    assert journal.snapshot(2).digest == other.digest != plain.digest
+    with pytest.raises(ValueError, match="that only those of the study can be had: 2"):
+        journal.snapshot(3)
+    assert not journal.snapshot(0).patches
+
+
+def test_a_finished_snapshot_of_another_stream_is_not_taken(journal: Journal) -> None:
+    journal.keep_snapshots()
+    journal.keep(make_snapshot(replace(STREAM, seed=1), 2, ()))
+    with pytest.raises(ValueError, match="no snapshot after 2"):
+        journal.snapshot(2)

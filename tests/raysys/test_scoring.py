@@ -160,3 +160,25 @@ def test_generating_more_than_the_context_holds_is_refused() -> None:
     query = Generate("long", "Anna is", (), gold="", max_tokens=64)
     with pytest.raises(ValueError, match=r"long: 64 tokens to generate leave no room .* lower max_tokens"):
         list(pack(model.tokens, "test", {}, [query], batch=1, size=1))
+
+
+def test_text_that_grows_past_a_sliding_window_does_not_depend_on_the_batch() -> None:
+    model = families.tiny("mistral", sliding_window=24)
+    shared = "Anna was born in Rome . Oslo is the capital of "
+    prompts = (shared + "Norway and Lima of Peru", shared + "Norway", shared + "Lima is")
+    queries = [Generate(str(i), p, (), "", 20, shared=shared) for i, p in enumerate(prompts)]
+    found = []
+    for batch in (1, 3):
+        [block] = pack(model.tokens, "window", {}, queries, batch=batch, size=9)
+        answers = zip(block.items, Engine(model).answer(block), strict=True)
+        found.append({i.query.id: a for i, a in answers})
+    assert found[0] == found[1]
+    for query in queries:
+        ids = torch.tensor([model.encode(query.prompt)])
+        for _ in range(20):
+            with torch.no_grad():
+                ids = torch.cat([ids, model.net(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+            if int(ids[0, -1]) in model.eos_ids:
+                break
+        wanted = model.decode(ids[0, len(model.encode(query.prompt)) :])
+        assert found[0][query.id].text == wanted  # type: ignore[union-attr]

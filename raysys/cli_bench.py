@@ -1,0 +1,129 @@
+"""The commands of `raysys bench`: what methods do and what they cost, outside a study."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from raysys import cli_shared as shared
+from raysys.cli_shared import EXITS, Device, Json, Settings
+
+if TYPE_CHECKING:
+    from raysys.bench_methods import Wanted
+
+bench = typer.Typer(no_args_is_help=True, help="Measure what methods do, outside a study.")
+
+
+@bench.command("single-edits", epilog=EXITS)
+def single_edits(
+    method: Annotated[str, typer.Argument(help="Editing method.")] = "rome",
+    settings: Settings = None,
+    model: Annotated[str, typer.Option("--model", help="Folder, hub id or world/small.")] = "world/small",
+    count: Annotated[int, typer.Option("--count", min=1, help="How many edits.")] = 100,
+    dataset: Annotated[str, typer.Option("--dataset", help="Data set of edits.")] = "world",
+    path: Annotated[str, typer.Option("--path", help="Its file, where it needs one.")] = "",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Make edits one at a time, each on the untouched model, and say how many took, by each kind of probe.
+
+    Examples: raysys bench single-edits rome; raysys bench single-edits ft_l layers=[2] --count 20
+    """
+    cases = shared.cases(dataset, path)
+    editor = shared.method(method, settings)
+    loaded = shared.model(model, device)
+    from raysys import checks
+    from raysys.tables import singles_table, singles_tree
+
+    found = list(checks.single_edits(loaded, editor.prepare(loaded), islice(cases, count)))
+    tree = singles_tree(found, checks.shares(found))
+    shared.say(json.dumps(tree, indent=1) if as_json else singles_table(f"{method} on {model}", tree))
+
+
+@bench.command(epilog=EXITS)
+def methods(
+    method: Annotated[
+        list[str] | None, typer.Argument(metavar="[METHOD]...", help="Which; rome+published is a published variant.")
+    ] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="A setting: --set rome.layer=3")] = None,
+    model: Annotated[str, typer.Option("--model", help="Folder, hub id or world/small.")] = "world/small",
+    count: Annotated[int, typer.Option("--count", min=1, help="How many edits.")] = 100,
+    part: Annotated[str, typer.Option("--part", help="single, sequence or both.")] = "both",
+    facts: Annotated[int, typer.Option("--facts", min=0, help="How many facts that nobody edits to ask too.")] = 200,
+    dataset: Annotated[str, typer.Option("--dataset", help="Data set of edits.")] = "world",
+    path: Annotated[str, typer.Option("--path", help="Its file, where it needs one.")] = "",
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Compare editing methods on one model: single edits, and as many one after another; all methods by default.
+
+    Each row is told on standard error as soon as it is there, the table at the end. A method that can't do it (no
+    trained editor, say) is a row with its reason.
+
+    Examples: raysys bench methods; raysys bench methods rome memit mend mend+published --count 30
+    """
+    from raysys import bench_methods, names, progress
+
+    if part not in ("single", "sequence", "both"):
+        raise ValueError(f"--part {part!r}: single, sequence or both")
+    wanted = [_wanted(name, changes or ()) for name in method or sorted(names.METHODS)]
+    data = names.build(names.dataset(dataset), {"path": path} if path else {}, f"data set {dataset}")
+    cases = list(islice(data.cases(), count))
+    loaded = shared.model(model, device, dtype)
+    held_out = data.held_out(cases)[:facts] if facts else []
+    found = []
+    with progress.counted("edits", shared.stderr()) as tell:
+        options: dict[str, Any] = {"singles": part != "sequence", "sequence": part != "single", "tell": tell}
+        for row in bench_methods.rows(loaded, wanted, cases, held_out, **options):
+            found.append(row)
+            shared.stderr().print(bench_methods.line(row), markup=False, highlight=False, soft_wrap=True)
+    title = f"{len(cases)} edits of {dataset} on {model}"
+    shared.say(json.dumps([r.tree() for r in found], indent=1) if as_json else bench_methods.table(found, title))
+
+
+def _wanted(name: str, changes: Sequence[str]) -> Wanted:
+    """A method's name, perhaps with "+published", and those of `changes` that are its own."""
+    from raysys.bench_methods import Wanted
+    from raysys.spec import set_key
+
+    plain, plus, variant = name.partition("+")
+    if plus and variant != "published":
+        raise ValueError(f"method {name!r}: after '+' only 'published' makes sense")
+    settings: dict[str, Any] = {"published": True} if plus else {}
+    for change in changes:
+        if change.startswith(f"{plain}."):
+            set_key(settings, change.removeprefix(f"{plain}."))
+    return Wanted(plain, settings)
+
+
+@bench.command("editing", epilog=EXITS)
+def editing(
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here, as JSON.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Minutes: one run, few steps, no large batches.")] = False,
+    methods: Annotated[bool, typer.Option("--methods", help="Only what every method costs; no comparison.")] = False,
+    only: Annotated[list[str] | None, typer.Option("--only", help="Lines or methods with this name.")] = None,
+) -> None:
+    """What an edit costs: ours against plain implementations (from a checkout), and every method by itself.
+
+    A random model with the shape of GPT-2 small, one thread, CPU seconds, medians, both sides turn and turn about. The
+    whole takes most of an hour. Examples: raysys bench editing --quick; raysys bench editing --only rome
+    """
+    from dataclasses import replace
+
+    from raysys import editing_bench, editing_costs
+    from raysys.editing_table import costs_table, lines_table
+
+    size = replace(editing_bench.Size.quick() if quick else editing_bench.Size(), only=tuple(only or ()))
+    note = shared.stderr().print
+    found = [] if methods else list(editing_bench.lines(size, note))
+    costs = list(editing_costs.costs(size, note))
+    for table in ([lines_table(found)] if found else []) + ([costs_table(costs)] if costs else []):
+        shared.say(table)
+    if json_file is not None:
+        json_file.write_text(json.dumps(editing_costs.tree(size, found, costs), indent=1), encoding="utf-8")

@@ -1,0 +1,46 @@
+"""ROME and its like: `python -m tests.golden` compares them with recorded vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from methods.artifacts import Contexts, Moment
+from methods.rome import PreparedRome, Rome
+from raysys.types import Edit
+from tests.golden.common import Case, Line, all_steps, error
+
+
+def _rome(case: Case) -> Iterator[Line]:
+    h = case.hparams
+    layer = h["layers"][0]
+    settings = Rome(
+        layer=layer,
+        steps=h["v_num_grad_steps"],
+        lr=h["v_lr"],
+        weight_decay=h["v_weight_decay"],
+        clamp=h["clamp_norm_factor"],
+        kl=h["kl_factor"],
+        second_moment=h["mom2_adjustment"],
+        ridge=0.0,
+        double=False,  # the reference inverts C in 32 bits, which moves u by up to cond(C) * 6e-8
+    )
+    moment = Moment(case.common[f"cov.{case.model.mlp_out(layer)}"].double(), 1, "recorded")
+    contexts = Contexts(tuple(case.contexts["rome"]), "recorded")
+    method = PreparedRome(settings=settings, contexts=contexts, moment=moment if h["mom2_adjustment"] else None)
+
+    def per_edit(number: int, edit: Edit) -> Iterator[Line]:
+        [patch] = edit.patches
+        wanted = case.vectors
+        for got, what in ((patch.right[0], "u"), (patch.left[:, 0], "right_vector")):  # type: ignore[attr-defined]
+            yield Line(case.name, f"edit{number}.{what}", error(got, wanted[f"edit{number}.{what}"]))
+        passes = len(wanted[f"edit{number}.losses"])
+        yield Line(case.name, f"edit{number} passes", abs(edit.log["passes"] - passes))
+        last = wanted[f"edit{number}.losses"][-1, 0]
+        yield Line(case.name, f"edit{number} last loss", error(torch.tensor(edit.log["loss"]), last))
+
+    yield from all_steps(case, method, [case.weight], per_edit)
+
+
+METHODS: dict[str, Callable[[Case], Iterator[Line]]] = {"ROME": _rome, "ROME-nomom2": _rome}
