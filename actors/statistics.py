@@ -77,7 +77,10 @@ class Workers:
 
     def store(self, model: Model, names: Sequence[str], texts: Sequence[Sequence[str]]) -> Store:
         """Where the sums of these parts are kept until they are added: named by all that they are made from."""
-        keys = [content_hash([FORMAT, model.digest, self.threads, names, part]) for part in texts]
+        keys = [
+            content_hash([FORMAT, model.digest, moments.longest(model.tokens), self.threads, names, part])
+            for part in texts
+        ]
         return Store(artifacts.folder(self.cache) / "partial" / content_hash([names, keys])[:24], keys)
 
     def _summed(

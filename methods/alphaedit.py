@@ -90,12 +90,17 @@ class AlphaEdit:
         s = presets.settled(self, model, PRESETS, rule)
         assert s.layers is not None and s.contexts is not None and s.corpus is not None and s.documents is not None
         assert s.threshold is not None and s.relative is not None
-        spread.check(s.name, s.batch, s.layers)
+        self.check(s.name, s)
         sampled = artifacts.contexts(model, s.contexts, s.seed, cache)
         modules = [model.mlp_out(layer) for layer in s.layers]
         taken = artifacts.second_moments(model, modules, Corpus(s.corpus, s.documents), cache)
         spaces = {m: projectors.null_space(model, m, taken[m], s.threshold, s.relative, cache) for m in modules}
         return PreparedAlphaEdit(settings=s, contexts=sampled, spaces=spaces)
+
+    @staticmethod
+    def check(name: str, s: Any) -> None:
+        """Raise ValueError when the method `name`, whose settings `s` are AlphaEdit's, can't take them."""
+        spread.check(name, s.batch, s.layers, s.steps, l2=s.l2)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -134,8 +139,8 @@ class PreparedAlphaEdit:
             right = metric.answer(self.spaces[turn.module], turn.keys, l2, earlier).T
             return then(turn.module, share, right) if then else (share, right)
 
-        aims = spread.wanted(values)
-        return spread.spread(model, requests, texts, s.layers, aims, solve, keys_after=True), values
+        aims, remedy = spread.wanted(values), "raise `l2` or `documents`"
+        return spread.spread(model, requests, texts, s.layers, aims, solve, keys_after=True, remedy=remedy), values
 
     def remember(self, memory: Memory | None, step: Mapping[str, Tensor]) -> Memory:
         """The keys of all steps so far, cut to the null space, by module."""

@@ -60,7 +60,8 @@ def folder(cache: Path | str | None = None) -> Path:
 def second_moment(model: Model, module: str, corpus: Corpus, cache: Path | None = None) -> Moment:
     """The uncentred second moment of what enters `module` while the unedited model reads `corpus`.
 
-    Texts are cut to the model's context. Raises ValueError for a corpus that can't be read or a wrong file.
+    Texts are cut to what the model reads, at most moments.LONGEST tokens. Raises ValueError for a corpus that can't be
+    read, a wrong file, or keys that are not finite.
     """
     return second_moments(model, [module], corpus, cache)[module]
 
@@ -72,16 +73,27 @@ def second_moments(
 
     Who makes the sums can be chosen (see `making`); the bits are the same (methods/moments.py).
     """
-    recipes = {m: {"module": m, "corpus": corpus.digest} for m in modules}
+    length = moments.longest(model.tokens)
+    recipes = {m: {"module": m, "corpus": corpus.digest, "length": length} for m in modules}
     kept = {m: _kept(model, "second_moment", recipe, cache) for m, recipe in recipes.items()}
     missing = [m for m, found in kept.items() if found is None]
     if missing:
         for m, sums in _COLLECT.get()(model, missing, corpus).items():
+            finite(sums.total, f"the second moment of {m} ({model.name or 'the model'} in {model.dtype})")
             tensors = {"sum": sums.total, "count": torch.tensor(sums.count)}
             kept[m] = _keep(model, "second_moment", recipes[m], tensors, cache)
     found = {m: k for m, k in kept.items() if k is not None}
     counts = {m: int(k.tensors["count"]) for m, k in found.items()}
     return {m: Moment(k.tensors["sum"] / counts[m], counts[m], k.digest) for m, k in found.items()}
+
+
+def finite(moment: Tensor, what: str) -> None:
+    """Raises ValueError when `moment` (d, d), called `what`, comes from keys that are infinite, or no numbers."""
+    if not bool(moment.diagonal().isfinite().all()):  # what is not finite anywhere shows on the diagonal
+        raise ValueError(
+            f"{what} is not finite: the model's activations overflow, as they may in half precision; load it in "
+            "bfloat16 or float32"
+        )
 
 
 @contextmanager

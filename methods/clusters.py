@@ -50,8 +50,8 @@ class Book:
 
     def to(self, device: torch.device) -> Book:
         """The same on another device."""
-        clusters = [replace(c, centre=c.centre.to(device)) for c in self.clusters]
-        return Book(clusters, [replace(p, key=p.key.to(device)) for p in self.points])
+        clusters = [Cluster(c.centre.to(device), c.radius, c.labels) for c in self.clusters]
+        return Book(clusters, [Point(p.key.to(device), p.owner, p.block) for p in self.points])
 
     def changed(self) -> tuple[dict[int, Cluster], dict[int, Point]]:
         """Clusters and points that were added or changed, by number."""

@@ -109,9 +109,11 @@ def find(wanted: Mapping[str, Any], model: Model, cache: Path | None = None, edi
         if found:
             return read(found[0], wanted)
     which = f" {editor!r}" if editor else ""
+    dtype = str(model.dtype).removeprefix("torch.")
+    same = "" if dtype == "float32" else f" --dtype {dtype}"  # an editor fits one dtype: the digest tells them apart
     raise ValueError(
         f"{method} needs an editor trained for {model.name or 'this model'} with these settings, and there is none"
-        f"{which} in {folder(cache) / 'editors'}: run `raysys train-editor {method} {model.name or 'MODEL'}`"
+        f"{which} in {folder(cache) / 'editors'}: run `raysys train-editor {method} {model.name or 'MODEL'}{same}`"
     )
 
 

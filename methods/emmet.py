@@ -91,7 +91,7 @@ class Emmet:
         settings = presets.settled(self, model, PRESETS, rule)
         assert settings.layer is not None and settings.contexts is not None
         assert settings.corpus is not None and settings.documents is not None
-        spread.check(settings.name, settings.batch, (settings.layer,))
+        spread.check(settings.name, settings.batch, (settings.layer,), settings.steps, weight=settings.weight)
         sampled = artifacts.contexts(model, settings.contexts, settings.seed, cache)
         corpus = Corpus(settings.corpus, settings.documents)
         moment = artifacts.second_moment(model, model.mlp_out(settings.layer), corpus, cache)
@@ -136,4 +136,5 @@ class PreparedEmmet:
         def solve(turn: spread.Turn, share: Tensor) -> tuple[Tensor, Tensor]:
             return share, metric.answer(self.space, turn.keys, floor).T
 
-        return spread.spread(model, requests, texts, (s.layer,), spread.wanted(values), solve), values
+        aims, remedy = spread.wanted(values), "raise `slack`, `documents` or `ridge`"
+        return spread.spread(model, requests, texts, (s.layer,), aims, solve, remedy=remedy), values

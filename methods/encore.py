@@ -23,6 +23,7 @@ from raysys.model import Model
 from raysys.types import Edit, EditRequest
 
 Memory = Mapping[str, metric.Earlier]  # by module: the keys of earlier batches
+REMEDY = "raise `documents` or `norm_weight`"
 _FIVE: presets.Settings = {"layers": (4, 5, 6, 7, 8)}
 PRESETS: Mapping[str, presets.Settings] = {  # the authors' repository for gpt2-xl, llama-2-7b, llama-3-8b; others alike
     "world/small": {**memit.WORLD, "layers": (2,), "weight": 10.0, "norm_weight": 10.0, "patience": 3},
@@ -88,13 +89,14 @@ class Encore:
         s = presets.settled(self, model, PRESETS, rule)
         assert s.layers is not None and s.contexts is not None and s.corpus is not None and s.documents is not None
         assert s.weight is not None and s.norm_weight is not None
-        if not (s.weight > 0 and s.norm_weight >= 0):
-            raise ValueError(f"encore: weight is above 0, norm_weight not below, got {s.weight} and {s.norm_weight}")
+        spread.check(s.name, s.batch, s.layers, s.steps, weight=s.weight)
+        if not 0 <= s.norm_weight < float("inf"):
+            raise ValueError(f"encore: norm_weight is 0 or more, got {s.norm_weight}; leave it out to take the preset")
         sampled = artifacts.contexts(model, s.contexts, s.seed, cache)
         modules = [model.mlp_out(layer) for layer in s.layers]
-        taken = metric.moments(model, modules, Corpus(s.corpus, s.documents), cache)
+        taken = artifacts.second_moments(model, modules, Corpus(s.corpus, s.documents), cache)
         floor = s.norm_weight / s.weight  # λC + μI = λ(C + floor · I)
-        spaces = metric.whitened(model, {m: _raised(taken[m], floor) for m in modules}, 0.0)
+        spaces = metric.whitened(model, {m: _raised(taken[m], floor) for m in modules}, 0.0, REMEDY)
         made_from = {"contexts": sampled.digest, **{f"second_moment.{m}": k.digest for m, k in taken.items()}}
         return PreparedEncore(settings=s, contexts=sampled, spaces=spaces, made_from=made_from)
 
@@ -136,7 +138,8 @@ class PreparedEncore:
             return share, metric.answer(self.spaces[turn.module], turn.keys, weight, earlier).T
 
         aims = spread.wanted(values)
-        return spread.spread(model, requests, texts, s.layers, aims, solve, keys_after=True), values
+        done = spread.spread(model, requests, texts, s.layers, aims, solve, keys_after=True, remedy=REMEDY)
+        return done, values
 
     def remember(self, memory: Memory | None, step: Mapping[str, Tensor]) -> Memory:
         """The keys of all steps so far, as the second moments see them, by module."""

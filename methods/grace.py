@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -266,25 +265,26 @@ class Codebook:
     def entry(self, number: int) -> _Entry:
         """Key `number` of a whole code book."""
         key, value, radius = self.keys[number], self.values[number], float(self.radii[number])
-        return _Entry(key, value, radius, self._targets[number], int(self.prompts[number]))
+        return _Entry(key, value, radius, self._target(number), int(self.prompts[number]))
 
-    @cached_property
-    def _targets(self) -> list[tuple[int, ...]]:
-        return recall.parted(self.labels, self.lengths)
+    def _target(self, number: int) -> tuple[int, ...]:
+        start = int(self.lengths[:number].sum())
+        return tuple(self.labels[start : start + int(self.lengths[number])].tolist())
 
     def same(self, number: int, entry: _Entry) -> bool:
         """Whether key `number` has the target of `entry`; as the published code finds out, if so wanted."""
         if not self.published:
-            return self._targets[number] == entry.labels
+            return self._target(number) == entry.labels
         return _mean(self.entry(len(self.keys) - 1 - number)) == _mean(entry)
 
     def after(self, earlier: Codebook) -> Codebook:
         """`earlier`, a whole code book, with this step's keys written. Raises ValueError when they don't belong."""
         if earlier.module != self.module or int(self.at.max()) > len(earlier.keys):
             raise ValueError(f"a step of the code book of {self.module} does not follow that of {earlier.module}")
-        entries = {n: earlier.entry(n) for n in range(len(earlier.keys))}
-        entries |= {n: self.entry(i) for i, n in enumerate(self.at.tolist())}
-        return _written(entries, self.module, self.position, self.published)
+        labels, lengths = recall.relabelled(earlier.labels, earlier.lengths, self.at, self.labels, self.lengths)
+        rows = {name: getattr(self, name) for name in ("keys", "values", "radii", "prompts")}
+        rows = {name: recall.written(getattr(earlier, name), self.at, new) for name, new in rows.items()}
+        return replace(self, at=torch.arange(len(lengths)), labels=labels, lengths=lengths, **rows)
 
     @contextmanager
     def applied(self, model: Model) -> Iterator[None]:

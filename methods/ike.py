@@ -24,7 +24,7 @@ from torch import Tensor
 
 from methods import editors, locate, presets, training
 from methods.encoder import Encoder, pretrained_encoder
-from methods.scope_nets import Nets
+from methods.scope_nets import Nets, digest
 from methods.training import Note
 from raysys.model import Model
 from raysys.types import Detour, Edit, EditCase, EditRequest
@@ -96,10 +96,11 @@ class Ike:
         texts = [t for case in cases[: s.cases] for t in demonstrations(case, s.layout or "")]
         if not texts:
             raise ValueError("ike makes its demonstrations of edit cases with probes; got none")
-        embed = _embedder(model, _encoder(s, model))
+        encoder = _encoder(s, model)
+        embed = _embedder(model, encoder)
         embedded = torch.cat([embed([t]) for t in texts])
         kept = {"texts": _bytes(json.dumps(texts).encode()), "embedded": embedded}
-        return editors.save(self._fits(model), kept, {"data": editors.digest_of(cases)}, cache)
+        return editors.save(self._fits(model, encoder), kept, {"data": editors.digest_of(cases)}, cache)
 
     def prepare(self, model: Model, cache: Path | None = None) -> PreparedIke:
         """Take the demonstrations from `cache`, else shipped ones. Raises ValueError when there are none."""
@@ -107,14 +108,16 @@ class Ike:
         assert s.layout is not None
         if "{prompt}" not in s.layout:
             raise ValueError(f"ike: the layout {s.layout!r} has no {{prompt}}, where the question stands")
-        found = editors.find(self._fits(model), model, cache, self.editor)
+        encoder = _encoder(s, model)
+        found = editors.find(self._fits(model, encoder), model, cache, self.editor)
         texts = tuple(json.loads(bytes(found.tensors["texts"].tolist())))
         pool = Pool(texts, found.tensors["embedded"], found.digest)
-        return PreparedIke(settings=dataclasses.replace(s, editor=""), pool=pool, encoder=_encoder(s, model))
+        return PreparedIke(settings=dataclasses.replace(s, editor=""), pool=pool, encoder=encoder)
 
-    def _fits(self, model: Model) -> dict[str, Any]:
+    def _fits(self, model: Model, encoder: Encoder | None) -> dict[str, Any]:
         s = presets.settled(self, model, PRESETS, rule)
-        return editors.fits(s.name, model, (), {k: getattr(s, k) for k in ("encoder", "layout", "cases")})
+        told = {k: getattr(s, k) for k in ("encoder", "layout", "cases")}
+        return editors.fits(s.name, model, (), told | _weights(encoder))
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,8 +138,8 @@ class PreparedIke:
     encoder: Encoder | None
 
     def identity(self) -> dict[str, Any]:
-        """Name, version, settings, and the hash of the demonstrations."""
-        return presets.identity(self.settings, {"demonstrations": self.pool.digest})
+        """Name, version, settings, and the hashes of the demonstrations and of the encoder."""
+        return presets.identity(self.settings, {"demonstrations": self.pool.digest, **_weights(self.encoder)})
 
     def edit(self, model: Model, requests: Sequence[EditRequest], memory: Any = None) -> Edit:
         """The fact and its demonstrations. Raises EditRefused with the reason when a request can't be served."""
@@ -264,7 +267,10 @@ def _parts(text: str) -> tuple[str, str]:
 
 def _names(question: str, subject: str) -> bool:
     """Whether `question` has `subject` as whole words."""
-    return re.search(rf"(?<!\w){re.escape(subject.strip())}(?!\w)", question) is not None
+    subject = subject.strip()
+    if subject not in question:  # which spares nearly every pattern
+        return False
+    return re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", question) is not None
 
 
 # --- embeddings -------------------------------------------------------------------------------------
@@ -273,6 +279,11 @@ def _names(question: str, subject: str) -> bool:
 def _encoder(s: Ike, model: Model) -> Encoder | None:
     assert s.encoder is not None
     return None if s.encoder == "model" else pretrained_encoder(s.encoder, model, "mean")
+
+
+def _weights(encoder: Encoder | None) -> dict[str, str]:
+    """The hash of the encoder with its tokenizer; nothing where the edited model embeds."""
+    return {} if encoder is None else {"weights": digest(Nets(encoder, None).packed())}
 
 
 def _embedder(model: Model, encoder: Encoder | None) -> Callable[[Sequence[str]], Tensor]:

@@ -58,7 +58,7 @@ class Kn:
     threshold: float | None = None  # share of the largest attribution that a neuron must exceed
     erase: float = 1.0  # λ1, times the old answer's embeddings
     write: float = 1.0  # λ2, times the new answer's
-    signed: bool = True  # neurons whose value is negative are written with the sign turned
+    signed: bool = False  # ours, not the paper's: neurons whose value is negative are written with the sign turned
     published: bool = False
 
     name: ClassVar[str] = "kn"
@@ -91,7 +91,6 @@ def _rule(model: Model, published: bool) -> presets.Settings:
     return {
         "steps": PUBLISHED_STEPS.get(presets.name(model), 20) if published else 20,
         "threshold": 0.2,
-        "signed": False,
     }
 
 

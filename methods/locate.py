@@ -44,6 +44,8 @@ def essence(model: Model, request: EditRequest) -> Row:
 
 def _row(model: Model, request: EditRequest, text: str, end: int, continuation: str) -> Row:
     labels: tuple[int, ...] = ()
+    if continuation[:1].isspace():
+        text = text.rstrip(" ")  # the blank that joins them is the continuation's
     if continuation:
         prompt, following = model.pair(text, continuation)
         if not continuation.strip() or not following:
@@ -108,6 +110,15 @@ class Search:
     kl: float  # weight of "<subject> is a" staying as it was
     stop: float = 0.05  # loss (nats) below which the search ends
     patience: int = 0  # it also ends with this many passes that decode the target behind every sampled context
+
+
+def check_steps(name: str, steps: int | None) -> None:
+    """Raise ValueError when the search of the method `name` would not make a single pass."""
+    if steps is not None and steps < 1:
+        raise ValueError(
+            f"{name}: steps counts the passes of the search, 1 at least, got {steps}; leave steps out to take the "
+            "model's preset"
+        )
 
 
 @dataclass(frozen=True)

@@ -143,9 +143,11 @@ def taught(
     how = replace(how, cases=course.streams * course.length * course.edits)
     net = network(settings, model, how.seed).to(model.device)
     if course.begin:
-        begun = editors.find(editors.fits(Malmen.name, model, net.names, structure(settings)), model, cache)
+        usual_net = {k: v for k, v in structure(settings).items() if k != "published"}  # there is one MALMEN
+        begun = editors.find(editors.fits(Malmen.name, model, net.names, usual_net), model, cache)
         net.load_state_dict(begun.tensors)
-    learner = meta.Learner(model, net, meta.lessons(model, cases), course, how.seed)
+    lessons = meta.lessons(model, cases)
+    learner = meta.Learner(model, net, lessons, course, how.seed, left_out=len(cases) - len(lessons))
     wanted = editors.fits(settings.name, model, net.names, structure(settings))
     return training.train(learner, how, wanted, editors.digest_of(cases), cache, note, course)
 

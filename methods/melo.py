@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -239,15 +239,26 @@ class Blocks:
         """`earlier`, all so far, with this step. Raises ValueError when it doesn't belong there."""
         if (earlier.index, earlier.modules, len(earlier.downs)) != (self.index, self.modules, self.first):
             raise ValueError(f"a step that adds block {self.first} at {self.index} does not follow {earlier.index}")
-        return Blocks.of(
-            self.index, self.modules, earlier._clusters | self._clusters, earlier._points | self._points,
-            torch.cat((earlier.downs, self.downs)), torch.cat((earlier.ups, self.ups)), self.scale, 0,
-        )  # fmt: skip
+        at = {"clusters": self.clusters, "members": self.members}
+        of = {"centres": "clusters", "radii": "clusters", "keys": "members", "owners": "members", "wakes": "members"}
+        rows: dict[str, Any] = {n: recall.written(getattr(earlier, n), at[k], getattr(self, n)) for n, k in of.items()}
+        labels, lengths = recall.relabelled(earlier.labels, earlier.lengths, self.clusters, self.labels, self.lengths)
+        return replace(
+            self,
+            first=0,
+            clusters=torch.arange(len(lengths)),
+            labels=labels,
+            lengths=lengths,
+            members=torch.arange(len(rows["keys"])),
+            downs=torch.cat((earlier.downs, self.downs)),
+            ups=torch.cat((earlier.ups, self.ups)),
+            **rows,
+        )
 
     @contextmanager
     def applied(self, model: Model) -> Iterator[None]:
         """Wear the blocks. Raises ValueError for a step without those before it, or another model's."""
-        if self.first or list(self._clusters) != list(range(len(self._clusters))):
+        if self.first or not torch.equal(self.clusters, torch.arange(len(self.clusters))):
             raise ValueError(f"blocks of {self.index}: merge this step with those before it")
         for module in self.modules:
             if tuple(model.matrix(f"{module}.weight").shape) != (self.ups.shape[2], self.downs.shape[3]):

@@ -107,10 +107,10 @@ class Memit:
         settings = presets.settled(self, model, PRESETS, rule)
         assert settings.layers is not None and settings.contexts is not None
         assert settings.corpus is not None and settings.documents is not None
-        spread.check(settings.name, settings.batch, settings.layers)
+        spread.check(settings.name, settings.batch, settings.layers, settings.steps, weight=settings.weight)
         sampled = artifacts.contexts(model, settings.contexts, settings.seed, cache)
         modules = [model.mlp_out(layer) for layer in settings.layers]
-        taken = metric.moments(model, modules, Corpus(settings.corpus, settings.documents), cache)
+        taken = artifacts.second_moments(model, modules, Corpus(settings.corpus, settings.documents), cache)
         return PreparedMemit.of(model, settings, sampled, taken)
 
 

@@ -50,7 +50,16 @@ class Learner:
     ) -> None:
         self.model, self.course = model, course
         self.net = net.to(model.device)
-        self.lessons = [_lesson(model, case, labels) for case in cases]
+        self.lessons: list[_Lesson] = []
+        error: ValueError | None = None
+        for case in cases:
+            try:
+                self.lessons.append(_lesson(model, case, labels))
+            except ValueError as unusable:
+                error = error or unusable
+        self.left_out = len(cases) - len(self.lessons)
+        if error is not None and not self.lessons:
+            raise error
 
     @property
     def count(self) -> int:

@@ -25,7 +25,7 @@ from methods.gradients import Batch, Trace
 from methods.hypernet import HyperNet
 from methods.ridge import Ridge, Shift
 from raysys.model import Model, Trunk
-from raysys.types import EditCase, EditRequest
+from raysys.types import EditCase, EditRefused, EditRequest
 
 Tokens = Literal["all", "target"]
 Change = Callable[[Tensor], Tensor]  # x (rows, T, d_in) -> what a stream's changes add (rows, T, d_out)
@@ -150,8 +150,17 @@ def _chunks(trace: Trace, chunk: int) -> Iterator[Trace]:
 class Learner:
     """What methods/training.py trains: each call of `learn` runs streams of `length` shifts of `edits` cases each."""
 
-    def __init__(self, model: Model, net: HyperNet, taught: Sequence[Lesson], course: Course, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: Model,
+        net: HyperNet,
+        taught: Sequence[Lesson],
+        course: Course,
+        seed: int = 0,
+        left_out: int = 0,
+    ) -> None:
         self.model, self.net, self.course, self.seed = model, net, course, seed
+        self.left_out = left_out  # cases that no lesson could be made of
         self.lessons = list(taught)
         self.modules = net.names
 
@@ -220,7 +229,11 @@ class Learner:
             for name, trace in found.items():
                 self.net.observe(name, trace)
         traces = [{n: _between(t, lo, hi) for n, t in found.items()} for lo, hi in ends]
-        return traces, [{n: shift(self.net, n, t, self.course.chunk) for n, t in of.items()} for of in traces]
+        try:
+            shifts = [{n: shift(self.net, n, t, self.course.chunk) for n, t in of.items()} for of in traces]
+        except ValueError as error:
+            raise EditRefused(f"edits {', '.join(repr(o.request.id) for o in flat)}: {error}") from error
+        return traces, shifts
 
     def _loss(
         self,

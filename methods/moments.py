@@ -23,6 +23,7 @@ from raysys.tokens import Tokens
 
 PART = 256  # texts of one part
 TOKENS = 4096  # padded tokens of one forward pass
+LONGEST = 4096  # tokens of a text: models that read more were published with moments of texts cut there
 BLOCK = 512  # columns of K whose products are computed at once
 
 
@@ -44,14 +45,23 @@ def parts(texts: Iterable[str]) -> Iterator[list[str]]:
 def moment_sums(model: Model, modules: Sequence[str], texts: Iterable[str]) -> dict[str, Sums]:
     """Σ k kᵀ over the inputs k of each of `modules` at every token of one part's `texts`, padding left out.
 
-    Texts are cut to the model's context; empty ones add nothing. The products of one forward pass are float32.
+    Texts are cut (see `longest`); empty ones add nothing. The products of one forward pass are float32.
     """
     return token_sums(model, modules, [rows_of(model.tokens, t) for t in texts])
 
 
 def rows_of(tokens: Tokens, text: str) -> list[int]:
-    """The tokens of one text, as far as the model reads."""
-    return tokens.encode(text)[: tokens.max_length]
+    """The tokens of one text, as far as it counts."""
+    return tokens.encode(text)[: longest(tokens)]
+
+
+def longest(tokens: Tokens) -> int:
+    """How many tokens of a text count: what the model reads, but at most LONGEST.
+
+    Models that read 131,072 would spend memory and time on the few texts that are so long; Mistral's published moments
+    are of its window and Qwen's of texts cut at 4,096 tokens, which is the same number.
+    """
+    return min(tokens.max_length, LONGEST)
 
 
 def token_sums(model: Model, modules: Sequence[str], rows: Sequence[Sequence[int]]) -> dict[str, Sums]:

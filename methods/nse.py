@@ -62,8 +62,8 @@ class Nse:
     """MEMIT's update with the keys of earlier batches, W' = W + R Aᵀ, A = (λC + S + KKᵀ)⁻¹ K, but:
 
     values z are searched on the unedited weights; a round writes the requests whose |z - h| lies between `near` and
-    `far`, and there are `iterations` - 1 rounds at most; A is solved for, and has entries in, the neurons (entries of
-    a key) alone that hold the share `neurons` of Σ|k|.
+    `far`, and there are `iterations` - 1 rounds at most; a request that stays beyond `far` is refused. A is solved
+    for, and has entries in, the neurons (entries of a key) alone that hold the share `neurons` of Σ|k|.
     """
 
     batch: int = 1  # requests that one step takes
@@ -97,9 +97,10 @@ class Nse:
         """Sample contexts, collect and factorise C, keep the unedited matrices. Raises ValueError."""
         s = presets.settled(self, model, PRESETS, rule)
         assert s.layers is not None and s.contexts is not None and s.corpus is not None and s.documents is not None
+        spread.check(s.name, s.batch, s.layers, s.steps, weight=s.weight)
         sampled = artifacts.contexts(model, s.contexts, s.seed, cache)
         modules = [model.mlp_out(layer) for layer in s.layers]
-        taken = metric.moments(model, modules, Corpus(s.corpus, s.documents), cache)
+        taken = artifacts.second_moments(model, modules, Corpus(s.corpus, s.documents), cache)
         spaces = metric.whitened(model, taken, s.ridge)
         made_from = {"contexts": sampled.digest, **{f"second_moment.{m}": k.digest for m, k in taken.items()}}
         base = {m: model.matrix(f"{m}.weight").detach().clone() for m in modules}
@@ -126,42 +127,35 @@ class PreparedNse:
         Raises EditRefused with the reason when there is none.
         """
         s, texts = self.settings, self.contexts.texts
-        assert s.layers is not None
+        assert s.layers is not None and s.near is not None and s.far is not None
         with self._unedited(model):
             values = spread.values(model, requests, texts, s.layers[-1], memit.search(s))
         aims = spread.wanted(values)  # (d, n)
         rounds: list[list[float]] = []
         used: dict[str, int] = {}
+        written: set[int] = set()  # requests, by number
+        beyond: list[int] = []  # those too far away in the latest round that no round has written
         with spread.Course(model, requests, texts, s.layers, lambda i: (model.mlp_out(i),)) as course:
-            for number in range(s.iterations - 1):
+            for _ in range(s.iterations - 1):
                 away = self._missing(model, course, aims).norm(dim=0)  # (n,)
                 rounds.append(away.tolist())
-                picked = self._picked(away, requests, number)
+                picked = ((away > s.near) & (away < s.far)).nonzero()[:, 0]
+                beyond = [i for i in range(len(requests)) if not away[i] < s.far and i not in written]
                 if not len(picked):
                     break
+                written |= set(picked.tolist())
                 used |= self._round(model, course, aims, picked, memory)
+            if beyond:
+                raise _too_far(requests[beyond[0]], rounds[-1][beyond[0]], s.far)
             keys = {m: k for layer in s.layers for m, k in course.keys(layer).items()}
             log = {**spread.told(values), **course.log(), "away": rounds, "neurons": used}
             return Edit(course.patches, spread.remembering(keys), log)
 
-    def _picked(self, away: Tensor, requests: Sequence[EditRequest], number: int) -> Tensor:
-        """Which requests a round writes. Raises EditRefused when the first one can't write any, for being too far."""
-        s = self.settings
-        assert s.near is not None and s.far is not None
-        picked = ((away > s.near) & (away < s.far)).nonzero()[:, 0]
-        if number == 0 and not len(picked) and bool((away >= s.far).any()):
-            raise EditRefused(
-                f"edit {', '.join(repr(q.id) for q in requests)}: the model is {float(away.max()):.3g} away from the "
-                f"value that its unedited self would need, and `far` is {s.far:.3g}: earlier edits have moved it too "
-                "much; raise `far` or edit less"
-            )
-        return picked
-
     def _missing(self, model: Model, course: spread.Course, aims: Tensor) -> Tensor:
         """z - h, (d, n) float64: what the last layer misses now."""
         assert self.settings.layers is not None
-        block = model.arch.block.format(self.settings.layers[-1])
-        return aims - course.outputs([block])[block]
+        gauge = spread.gauge(model, self.settings.layers[-1])
+        return aims - course.outputs([gauge])[gauge]
 
     def _round(
         self, model: Model, course: spread.Course, aims: Tensor, picked: Tensor, memory: Memory | None
@@ -199,6 +193,13 @@ class PreparedNse:
         """The keys of all steps so far, as the second moments see them, by module."""
         assert self.settings.weight is not None
         return metric.remembered(self.spaces, memory, step, self.settings.weight)
+
+
+def _too_far(request: EditRequest, away: float, far: float) -> EditRefused:
+    return EditRefused(
+        f"edit {request.id!r}: the model is {away:.3g} away from the value that its unedited self would need, and "
+        f"`far` is {far:.3g}: earlier edits have moved it too much; raise `far` or edit less"
+    )
 
 
 def neurons(keys: Tensor, share: float) -> Tensor:

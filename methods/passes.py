@@ -138,12 +138,15 @@ class Bundle:
         def grab(given: Tensor, out: Tensor) -> None:
             grabbed.extend(x.reshape(len(rows), -1, x.shape[-1])[:, 0].detach().float() for x in (given, out))
 
+        pairs: set[bool] = set()  # whether blocks give a tuple
+        start = layer + 1 if self.direct else layer
         with torch.no_grad():
             if cache is not None:
-                model.hidden(ids[:, :before], mask[:, :before], cache, positions[:, :before])
+                with _noting(model, pairs):
+                    model.hidden(ids[:, :before], mask[:, :before], cache, positions[:, :before])
                 cache.fixed = True
-            with model.watching(self.name, grab):
-                start = layer + 1 if self.direct else layer
+            idle = model.layers if cache is None or model.carried else start + (not self.direct)
+            with model.watching(self.name, grab), _idle(model, idle, True in pairs):
                 self.trunk = model.trunk(ids[:, before:], mask, start, cache, positions[:, before:])
         self.keys, self.now = grabbed
 
@@ -165,6 +168,33 @@ class Bundle:
         apart = self.trunk.layer < last and name != self.model.arch.block.format(last) and not self.model.carried
         with sparse(self.model.module(name), row, column) if apart else nullcontext():
             return self.forward(offset)[row, column]
+
+
+@contextmanager
+def _noting(model: Model, pairs: set[bool]) -> Iterator[None]:
+    """Within it, `pairs` learns whether the last block gives a tuple rather than a tensor."""
+    handle = model.layer(model.layers - 1).register_forward_hook(lambda _, __, out: pairs.add(isinstance(out, tuple)))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _idle(model: Model, start: int, pairs: bool) -> Iterator[None]:
+    """Within it, blocks from `start` on hand on what they get: enough to see how they are called."""
+
+    def hand_on(hidden: Tensor, *_: Any, **__: Any) -> Any:
+        return (hidden, None) if pairs else hidden
+
+    blocks = [model.layer(i) for i in range(start, model.layers)]
+    try:
+        for block in blocks:
+            block.forward = hand_on
+        yield
+    finally:
+        for block in blocks:
+            vars(block).pop("forward", None)
 
 
 @contextmanager

@@ -97,7 +97,7 @@ class Pmet:
         settings = presets.settled(self, model, PRESETS, rule)
         assert settings.layers is not None and settings.contexts is not None
         assert settings.corpus is not None and settings.documents is not None
-        spread.check(settings.name, settings.batch, settings.layers)
+        spread.check(settings.name, settings.batch, settings.layers, settings.steps, weight=settings.weight)
         sampled = artifacts.contexts(model, settings.contexts, settings.seed, cache)
         names = [name for layer in settings.layers for name in modules(model, layer, settings.attention)]
         taken = artifacts.second_moments(model, names, Corpus(settings.corpus, settings.documents), cache)

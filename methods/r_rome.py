@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from methods import presets, rome
+from methods import locate, presets, rome
 from raysys.model import Model
 from raysys.types import Edit, EditRequest
 
@@ -62,6 +62,7 @@ class RRome:
     def prepare(self, model: Model, cache: Path | None = None) -> PreparedRRome:
         """Sample contexts and collect C on the unedited model, or take them from `cache`. Raises ValueError."""
         settings = presets.settled(self, model, PRESETS, rule)
+        locate.check_steps(settings.name, settings.steps)
         shared = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name != "keys"}
         prepared = rome.Rome(**shared).prepare(model, cache)
         return PreparedRRome(settings=settings, rome=dataclasses.replace(prepared, keys=settings.keys))

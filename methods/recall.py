@@ -50,6 +50,27 @@ def parted(labels: Tensor, lengths: Tensor) -> list[tuple[int, ...]]:
     return [tuple(part.tolist()) for part in torch.split(labels, lengths.tolist())]
 
 
+def written(rows: Tensor, at: Tensor, new: Tensor) -> Tensor:
+    """`rows` (K, ...) with `new` (k, ...) as those numbered `at` (k,); those from K on are appended in their order."""
+    known = at < len(rows)
+    if bool(known.any()):
+        rows = rows.index_copy(0, at[known], new[known])
+    return torch.cat((rows, new[~known]))
+
+
+def relabelled(labels: Tensor, lengths: Tensor, at: Tensor, new: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """`joined` rows of tokens, as `written`: `new` of `sizes` (k,) are the rows numbered `at` (k,)."""
+    parts = dict(zip(at.tolist(), torch.split(new, sizes.tolist()), strict=True))
+    ends = lengths.cumsum(0)
+    pieces, start = [], 0
+    for number in sorted(n for n in parts if n < len(lengths)):
+        end = int(ends[number])
+        pieces += [labels[start : end - int(lengths[number])], parts[number]]
+        start = end
+    pieces += [labels[start:], *(part for n, part in parts.items() if n >= len(lengths))]
+    return torch.cat(pieces), written(lengths, at, sizes)
+
+
 def subject(model: Model, request: EditRequest, template: str = "{}") -> tuple[int, int]:
     """First and last token of the subject in the request's prompt inside `template`."""
     row = locate.row(model, request, template)

@@ -93,6 +93,7 @@ class Rome:
     def prepare(self, model: Model, cache: Path | None = None) -> PreparedRome:
         """Sample contexts and collect C on the unedited model, or take them from `cache`. Raises ValueError."""
         settings = presets.settled(self, model, PRESETS, rule)
+        locate.check_steps(settings.name, settings.steps)
         settings = replace(settings, second_moment=settings.second_moment and not settings.published)
         assert settings.layer is not None and settings.contexts is not None
         assert settings.corpus is not None and settings.documents is not None
@@ -190,14 +191,17 @@ def ridged(matrix: Tensor, ridge: float) -> Tensor:
     return wide + ridge * wide.diagonal().mean() * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
 
 
-def cholesky(matrix: Tensor, ridge: float) -> Tensor:
-    """Lower factor (d, d) float64 of C + ridge · mean(diag C) · I. Raises ValueError when that is singular."""
+def cholesky(matrix: Tensor, ridge: float, remedy: str = "raise `documents` or `ridge`") -> Tensor:
+    """Lower factor (d, d) float64 of C + ridge · mean(diag C) · I.
+
+    Raises ValueError when that is singular, with `remedy` as what to do, or not finite.
+    """
+    artifacts.finite(matrix, f"the second moment ({len(matrix)} x {len(matrix)})")
     wide = ridged(matrix, ridge)
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(wide)
     if int(info):
         raise ValueError(
-            f"the second moment ({len(wide)} x {len(wide)}) is singular: it was taken from too little text; raise "
-            "`documents` or `ridge`"
+            f"the second moment ({len(wide)} x {len(wide)}) is singular: it was taken from too little text; {remedy}"
         )
     return factor

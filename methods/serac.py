@@ -23,6 +23,7 @@ from methods.scope_nets import Nets, digest
 from methods.serac_training import Course, Learner, loaded, untrained
 from methods.training import Note, Training
 from raysys.model import Model
+from raysys.tokens import Tokens
 from raysys.types import Detour, Edit, EditCase, EditRefused, EditRequest
 
 PAPER: presets.Settings = {  # EasyEdit, hparams/SERAC
@@ -133,6 +134,9 @@ class PreparedSerac:
         self.block = torch.frombuffer(bytearray(block), dtype=torch.uint8)
         self.nets = Nets.of(block, model)
         self._digest = digest(block)
+        small = self.nets.counterfactual
+        read = model.max_length if small is None else Tokens.of(model.tokenizer, small.config).max_length
+        self._room = read // 2  # tokens of an edit's text: the other half is the question's
 
     def identity(self) -> dict[str, Any]:
         """Name, version, settings and the hash of the networks."""
@@ -144,9 +148,9 @@ class PreparedSerac:
         for request in requests:
             locate.row(model, request, target=True)  # raises when it can't be served
             texts.append(request.text + request.continuation)
-            if len(model.encode(texts[-1])) > self._room(model):
+            if len(model.encode(texts[-1])) > self._room:
                 raise EditRefused(
-                    f"edit {request.id!r}: its text takes more than half of the {2 * self._room(model)} tokens that "
+                    f"edit {request.id!r}: its text takes more than half of the {2 * self._room} tokens that "
                     "the counterfactual model reads; shorten the prompt"
                 )
         keys = [self._key(q, t) for q, t in zip(requests, texts, strict=True)]
@@ -162,10 +166,6 @@ class PreparedSerac:
         if not self.settings.published:
             return request.text
         return text.rsplit(" ", 1)[0] + (self.nets.encoder.tokenizer.sep_token or "")
-
-    def _room(self, model: Model) -> int:
-        small = self.nets.counterfactual
-        return (model.max_length if small is None else Model(small, model.tokenizer).max_length) // 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,10 +221,12 @@ class Scope:
         [small] = [small for m, _, small in self._ready if m is model]
         asked = [model.decode(p) for p in prompts]
         scores, entry = self.scores(model, asked)
-        return [
-            Detour(small, tuple(model.encode(f"{self.texts[i]} {text}"))) if score > self.threshold else None
-            for score, i, text in zip(scores.tolist(), entry.tolist(), asked, strict=True)
-        ]
+        found: list[Detour | None] = []
+        for score, i, question in zip(scores.tolist(), entry.tolist(), asked, strict=True):
+            text = self.texts[i]
+            whole = tuple(model.encode(f"{text} {question}"))
+            found.append(Detour(small, whole, len(model.encode(text))) if score > self.threshold else None)
+        return found
 
     def tensors(self) -> dict[str, Tensor]:
         return {"entries": self.entries, "nets": self.nets}
@@ -235,8 +237,9 @@ class Scope:
 
 def similarity(entries: Tensor, embedded: Tensor) -> Tensor:
     """Scope scores exp(-|e - e'|²) of `embedded` (N, e) with every one of `entries` (n, e): (N, n) float32."""
-    apart = embedded[:, None].double() - entries[None].double()
-    return apart.square().sum(-1).neg().exp().float()
+    wide = entries.double()
+    apart = [(wide - row).square().sum(-1) for row in embedded.double()]  # row by row: (N, n, e) may not fit
+    return torch.stack(apart).neg().exp().float()
 
 
 def mixture(base: Tensor, small: Tensor, score: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ class Sphere:
     def prepare(self, model: Model, cache: Path | None = None) -> PreparedSphere:
         """What AlphaEdit prepares. Raises ValueError."""
         s = presets.settled(self, model, PRESETS, rule)
+        alphaedit.AlphaEdit.check(s.name, s)
         shared = {f.name: getattr(s, f.name) for f in dataclasses.fields(alphaedit.AlphaEdit) if hasattr(s, f.name)}
         return PreparedSphere(settings=s, alpha=alphaedit.AlphaEdit(**shared).prepare(model, cache))
 

@@ -8,6 +8,10 @@ written into this layer's matrix.
 A method built on this: `values` (what the last layer should give), then `spread` with its own `Solve`; or, where the
 order of things is another one, a `Course` by hand; then `edit`. How a matrix takes keys is in methods/metric.py.
 
+Where the MLP's output joins the residual stream as it is, "what the last layer gives" is what its block gives. Where a
+norm lies between (Gemma 2, OPT-350m), a change of the matrix does not move the block's output by what it adds, and what
+the MLP's last projection gives is searched, measured and made up for instead, as PMET does (`gauge`).
+
 n = requests, N = context templates, d = width of the residual stream; factors are (d_out, r) and (r, d_in).
 """
 
@@ -28,6 +32,7 @@ from raysys.patch import LowRank
 from raysys.types import Edit, EditRefused, EditRequest
 
 CHUNK = 256  # rows of one forward pass
+REMEDY = "raise `documents` or `ridge`"
 Modules = Callable[[int], Sequence[str]]  # the linear modules of a layer that are written, in the order they run
 
 
@@ -66,10 +71,17 @@ class Spread:
     log: Mapping[str, Any]
 
 
-def check(name: str, batch: int, layers: Sequence[int]) -> None:
-    """Raise ValueError when the method `name` can't take such batches, or layers in that order."""
+def check(name: str, batch: int, layers: Sequence[int], steps: int | None, **weights: float | None) -> None:
+    """Raise ValueError when the method `name` can't take such settings; `weights` are those that must be above 0."""
     if batch < 1:
-        raise ValueError(f"{name}: a batch holds at least one request, got batch = {batch}")
+        raise ValueError(f"{name}: a batch holds at least one request, got batch = {batch}; set it to 1 or more")
+    locate.check_steps(name, steps)
+    for setting, weight in weights.items():
+        if weight is not None and not 0 < weight < float("inf"):
+            raise ValueError(
+                f"{name}: {setting} is a number above 0, got {weight}: without it a change has no bounds; leave "
+                f"{setting} out to take the model's preset, or set a small one"
+            )
     if not layers or list(layers) != sorted(set(layers)):
         raise ValueError(f"{name}: layers are named once each, from the lowest up, got {tuple(layers)}")
 
@@ -77,12 +89,20 @@ def check(name: str, batch: int, layers: Sequence[int]) -> None:
 def values(
     model: Model, requests: Sequence[EditRequest], contexts: Sequence[str], layer: int, search: locate.Search
 ) -> list[locate.Value]:
-    """What block `layer` should give at each subject's last token; requests of a batch are searched together."""
+    """What the gauge of `layer` should give at each subject's last token; a batch is searched together."""
+    site: locate.Site = "block" if model.arch.mlp_added else "mlp"
     size = max(1, CHUNK // (len(contexts) + 1))
     found: list[locate.Value] = []
     for start in range(0, len(requests), size):
-        found += locate.values(model, requests[start : start + size], contexts, layer, search, "block")
+        found += locate.values(model, requests[start : start + size], contexts, layer, search, site)
     return found
+
+
+def gauge(model: Model, layer: int) -> str:
+    """The module whose output is searched and measured at `layer`: its block, or its MLP's last projection where
+
+    that one's output does not join the residual stream as it is."""
+    return model.arch.block.format(layer) if model.arch.mlp_added else model.mlp_out(layer)
 
 
 def wanted(found: Sequence[locate.Value]) -> Tensor:
@@ -113,23 +133,25 @@ def spread(
     modules: Modules | None = None,
     gauges: Sequence[str] = (),
     keys_after: bool = False,
+    remedy: str = REMEDY,
 ) -> Spread:
     """Make up for what `gauges` miss of `aims` ((d, n) each), layer by layer; the model is left as it was found.
 
     Of R layers number r takes 1/(R - r + 1) of what is missing at its turn ("linear"), or 1/sqrt of that ("root").
-    By default one matrix per layer, the MLP's last, is written, and the gauge is the last layer's block (MEMIT); else
-    `gauges` names the module that each of `modules` looks to. Raises EditRefused when the solution is not finite.
+    By default one matrix per layer, the MLP's last, is written, and the gauge is the last layer's (MEMIT, see `gauge`);
+    else `gauges` names the module that each of `modules` looks to. Raises EditRefused when the solution is not finite;
+    `remedy` is what to do then.
     """
     modules = modules or (lambda layer: (model.mlp_out(layer),))
-    gauges = gauges or (model.arch.block.format(layers[-1]),)
+    gauges = gauges or (gauge(model, layers[-1]),)
     aims = [aims] if isinstance(aims, Tensor) else aims
     keys: dict[str, Tensor] = {}
     now: dict[str, Tensor] = {}
-    with Course(model, requests, contexts, layers, modules) as course:
+    with Course(model, requests, contexts, layers, modules, remedy) as course:
         for number, layer in enumerate(layers):
             after = len(layers) - number - 1
-            for module, gauge, aim in zip(modules(layer), gauges, aims, strict=True):
-                turn_keys, given = course.keys(layer)[module], course.outputs((gauge,))[gauge]
+            for module, name, aim in zip(modules(layer), gauges, aims, strict=True):
+                turn_keys, given = course.keys(layer)[module], course.outputs((name,))[name]
                 turn = Turn(module, layer, turn_keys, aim - given, after)
                 share = turn.missing / ((after + 1) ** (0.5 if rule == "root" else 1))
                 course.change(module, *solve(turn, share))
@@ -162,8 +184,10 @@ class Course:
         contexts: Sequence[str],
         layers: Sequence[int],
         modules: Modules,
+        remedy: str = REMEDY,
     ) -> None:
         self.model = model
+        self.remedy = remedy
         self.names = ", ".join(repr(q.id) for q in requests)
         self.modules = modules
         self.last = layers[-1]
@@ -213,8 +237,8 @@ class Course:
         """Add left (d_out, r) @ right (r, d_in) to the matrix of `module`, until the course ends."""
         if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
             raise EditRefused(
-                f"edit {self.names}: the change of {module} is not a finite number; too large a step, or a second "
-                "moment from too little text: raise `documents` or `ridge`"
+                f"edit {self.names}: the change of {module} is not a finite number; too large a step, keys that depend "
+                f"on each other, or a second moment from too little text: {self.remedy}"
             )
         matrix = self.model.matrix(f"{module}.weight")
         base = self._base.setdefault(module, matrix.clone())

@@ -22,6 +22,7 @@ from methods import editors
 from methods.artifacts import folder
 from methods.hypernet import HyperNet
 from raysys import names
+from raysys.types import EditRefused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,7 @@ class Progress:
     best: float
     skipped: int
     seconds: float
+    left_out: int = 0  # cases that can't be learned from (too long, no tokens to score)
 
 
 Note = Callable[[Progress], None]
@@ -87,7 +89,10 @@ class Learner(Protocol):
         ...
 
     def learn(self, cases: Sequence[int]) -> Mapping[str, float]:
-        """Add the gradient of the mean loss of `cases` to the parameters' `grad`; the losses, for the log."""
+        """Add the gradient of the mean loss of `cases` to the parameters' `grad`; the losses, for the log.
+
+        Raises EditRefused when it is not finite; `judge` too.
+        """
         ...
 
     def judge(self, cases: Sequence[int]) -> Mapping[str, float]:
@@ -136,6 +141,7 @@ def train(
         )
     learner.net.load_state_dict(state.kept)
     figures = {"steps": state.step, "best_step": state.best_step, "best": state.best, "skipped": state.skipped}
+    figures["left_out"] = getattr(learner, "left_out", 0)
     saved = editors.save(wanted, state.kept, {**told, **figures}, cache)
     path.unlink(missing_ok=True)
     return saved
@@ -155,18 +161,25 @@ def _loop(
     held: Sequence[int], used: Sequence[int], path: Path, note: Note,
 ) -> None:  # fmt: skip
     sums: dict[str, float] = {}
-    counted, start = 0, time.perf_counter()
+    counted, start, broken = 0, time.perf_counter(), False
+    left_out = getattr(learner, "left_out", 0)
     every = max(s.accumulate, s.every - s.every % s.accumulate)  # a checkpoint holds no half-made update
     while state.step < s.steps and state.step - state.best_step < s.patience:
-        losses = learner.learn([used[i] for i in order(len(used), state.step, s)])
+        try:
+            losses = learner.learn([used[i] for i in order(len(used), state.step, s)])
+            counted += 1
+        except EditRefused:  # a loss or gradient that is not finite: the update it belongs to is thrown away
+            losses, broken = {}, True
         state.step += 1
-        counted += 1
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value
         if state.step % s.accumulate == 0:
-            state.skipped += not _update(learner.net, adam, s, state.step)
+            if broken:
+                adam.zero_grad()
+            state.skipped += broken or not _update(learner.net, adam, s, state.step)
+            broken = False
         if state.step % every == 0 or state.step == s.steps:
-            found = learner.judge(held)
+            found = _judged(learner, held)
             if found["loss"] < state.best:
                 state.best, state.best_step = found["loss"], state.step
                 state.kept = {k: t.detach().clone() for k, t in learner.net.state_dict().items()}
@@ -174,8 +187,16 @@ def _loop(
                 _checkpoint(path, learner.net, adam, state)
             mean = {name: total / counted for name, total in sums.items()}
             took = time.perf_counter() - start
-            note(Progress(state.step, s.steps, mean, found, state.best, state.skipped, took))
+            note(Progress(state.step, s.steps, mean, found, state.best, state.skipped, took, left_out))
             sums, counted = {}, 0
+
+
+def _judged(learner: Learner, held: Sequence[int]) -> Mapping[str, float]:
+    """The validation; worse than any other when an edit of it can't be made."""
+    try:
+        return learner.judge(held)
+    except EditRefused:
+        return {"loss": math.inf}
 
 
 def order(count: int, step: int, s: Training) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from raysys import checks, names, words
 from raysys.checks_sequence import Sequential, sequential_edits
 from raysys.model import Model
 from raysys.spec import method_title
-from raysys.tables import grid
+from raysys.tables import grid, refusals
 from raysys.types import EditCase, Probe
 
 KINDS = {
@@ -142,14 +143,16 @@ def table(found: Sequence[Row], title: str) -> RenderableType:
     if any(r.single for r in found):
         columns = ("single edits", *KINDS.values(), "unchanged", "s/edit")
         about = "each edit on the untouched model; unchanged: neighbourhood probes that are answered as before"
+        refused = sum(sum(r.single["refused"].values()) for r in found if r.single)
+        about += f"; {refusals(refused)}" if refused else ""
         parts += [Text(""), _table(columns, [(r, _single_cells(r.single) if r.single else None) for r in found], about)]
     if any(r.sequence for r in found):
         most = max(r.sequence["edits"] for r in found if r.sequence)
         rest = list(KINDS.values())[1:]
         columns = (f"{most} one after another", "efficacy", "retention", *rest, "other facts", "s/edit", "snapshot")
         about = (
-            "efficacy: right after each edit; retention and the rest: all edits, after the last; other facts: those "
-            "that nobody edited and the model told right; snapshot: its size after the last edit"
+            "efficacy: right after each edit, a refused one fails; retention and the rest: all edits, after the last; "
+            "other facts: those that nobody edited and the model told right; snapshot: its size after the last edit"
         )
         parts += [
             Text(""),
@@ -158,10 +161,11 @@ def table(found: Sequence[Row], title: str) -> RenderableType:
     parts += [Text("\nper cent: right answer likelier than its rival / greedy answer right", style="dim")]
     parts += [Text(f"{r.title}: {r.fault}", style="red") for r in found if r.fault]
     for row in found:
-        refused = Counter[str]()
-        for part in filter(None, (row.single, row.sequence)):
-            refused.update(part["refused"])
-        parts += [Text(f"{row.title}: refused {n} times: {why}", style="yellow") for why, n in refused.items()]
+        for part, what in ((row.single, "single edits"), (row.sequence, "one after another")):
+            if part is None:
+                continue
+            for why, n in part["refused"].items():
+                parts.append(Text(f"{row.title}, {what}: refused {n} of {part['edits']}: {why}", style="yellow"))
     return Group(*parts)
 
 
@@ -191,8 +195,10 @@ def _seconds(tree: Mapping[str, Any]) -> str:
 
 
 def _cells(shares: Mapping[str, float]) -> list[str]:
-    """A cell for each kind of probe: "97/95"; a dash where it was not asked."""
+    """A cell for each kind of probe: "97/95"; a dash where it was not asked, "–/95" where it has no rival."""
     return [
-        "/".join(words.percent(shares[f"{kind}/{way}"], 0) for way in WAYS) if f"{kind}/greedy" in shares else "–"
+        "/".join(words.percent(shares.get(f"{kind}/{way}", math.nan), 0) for way in WAYS)
+        if f"{kind}/greedy" in shares
+        else "–"
         for kind in KINDS
     ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raysys import steps
-from raysys.checks import Outcome, Single, ask, shares
+from raysys.checks import Answered, Outcome, Single, ask, shares
 from raysys.model import Model
 from raysys.patch import Wearer, merge
 from raysys.types import EditCase, Finishes, Patch, PreparedMethod, Probe, remembered
@@ -19,9 +19,9 @@ Tell = Callable[[int], None]  # how many edits are made
 @dataclass(frozen=True)
 class Sequential:
     """A stream of edits on one model. `at_once`: the probes of each edit right after its step; `at_end`: those of all
-    edits after the last (shares by "kind/way", see `checks.shares`; refused edits count in `at_end` alone). `facts`: of
-    the facts that nobody edited and greedy text told right before, the share it still tells right at the end (None:
-    there are none). `seconds` each edit took; `bytes` of the last snapshot.
+    edits after the last (shares by "kind/way", see `checks.shares`; a refused edit fails `at_once`, and is asked like
+    the others in `at_end`). `facts`: of the facts that nobody edited and greedy text told right before, the share it
+    still tells right at the end (None: there are none). `seconds` each edit took; `bytes` of the last snapshot.
     """
 
     edits: int
@@ -63,7 +63,7 @@ def sequential_edits(
             refused += bad.values()
             patches, memory = merge(patches, edit.patches), remembered(method, memory, edit.memory)
             wearer.wear(patches)
-            at_once += [_single(model, case, before) for case in step if case.request.id not in bad]
+            at_once += [_single(model, case, before, bad.get(case.request.id, "")) for case in step]
             tell(start + len(step))
         if isinstance(method, Finishes):
             wearer.take_off()
@@ -88,7 +88,7 @@ def _without_changed(cases: Sequence[EditCase]) -> list[EditCase]:
     ]
 
 
-def _single(model: Model, case: EditCase, before: Mapping[str, Sequence[tuple[bool, bool]]]) -> Single:
+def _single(model: Model, case: EditCase, before: Mapping[str, Sequence[Answered]], refused: str = "") -> Single:
     id_ = case.request.id
     pairs = zip(case.probes, ask(model, case.probes), before[id_], strict=True)
-    return Single(id_, tuple(Outcome(id_, p.kind, *now, *was) for p, now, was in pairs), 0.0, {})
+    return Single(id_, tuple(Outcome(id_, p.kind, *now, *was) for p, now, was in pairs), 0.0, {}, refused=refused)

@@ -151,7 +151,7 @@ def list_(
 def report(
     run: Run,
     html: Annotated[
-        Path | None, typer.Option("--html", help="Where to write the page [default: in the run folder]")
+        Path | None, typer.Option("--html", help="Where to write the page (default: in the run folder)")
     ] = None,
     delta: Delta = 0.02,
 ) -> None:
@@ -191,7 +191,7 @@ def export(
 def ask(
     run: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model: folder, hub id, world/small.")],
     prompt: Annotated[str, typer.Argument(help="What to continue.")],
-    edits: Annotated[str, typer.Option("--edits", help="Snapshots to ask: 0,10,100 [default: the last one]")] = "",
+    edits: Annotated[str, typer.Option("--edits", help="Snapshots to ask: 0,10,100 (default: the last one)")] = "",
     cell: Cell = "",
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="The longest answer.")] = 24,
     device: Device = "cpu",

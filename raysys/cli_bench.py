@@ -15,6 +15,7 @@ from raysys.cli_shared import EXITS, Device, Json, Settings
 
 if TYPE_CHECKING:
     from raysys.bench_methods import Wanted
+    from raysys.editing_bench import Size
 
 bench = typer.Typer(no_args_is_help=True, help="Measure what methods do, outside a study.")
 
@@ -64,7 +65,7 @@ def methods(
     """Compare editing methods on one model: single edits, and as many one after another; all methods by default.
 
     Each row is told on standard error as soon as it is there, the table at the end. A method that can't do it (no
-    trained editor, say) is a row with its reason.
+    trained editor, say) is a row with its reason, and the exit code is 1.
 
     Examples: raysys bench methods; raysys bench methods rome memit mend mend+published --count 30
     """
@@ -72,7 +73,7 @@ def methods(
 
     if part not in ("single", "sequence", "both"):
         raise ValueError(f"--part {part!r}: single, sequence or both")
-    wanted = [_wanted(name, changes or ()) for name in method or sorted(names.METHODS)]
+    wanted = _wanted(method or sorted(names.METHODS), changes or ())
     data = names.build(names.dataset(dataset), {"path": path} if path else {}, f"data set {dataset}")
     cases = list(islice(data.cases(), count))
     loaded = shared.model(model, device, dtype)
@@ -85,21 +86,36 @@ def methods(
             shared.stderr().print(bench_methods.line(row), markup=False, highlight=False, soft_wrap=True)
     title = f"{len(cases)} edits of {dataset} on {model}"
     shared.say(json.dumps([r.tree() for r in found], indent=1) if as_json else bench_methods.table(found, title))
+    if any(row.fault for row in found):
+        raise typer.Exit(1)
 
 
-def _wanted(name: str, changes: Sequence[str]) -> Wanted:
-    """A method's name, perhaps with "+published", and those of `changes` that are its own."""
+def _wanted(given: Sequence[str], changes: Sequence[str]) -> list[Wanted]:
+    """Methods by name, perhaps with "+published", each with those of `changes` that are its own.
+
+    Raises ValueError for an unknown method, a wrong setting, and a change that is no method's.
+    """
+    from raysys import names
     from raysys.bench_methods import Wanted
     from raysys.spec import set_key
 
-    plain, plus, variant = name.partition("+")
-    if plus and variant != "published":
-        raise ValueError(f"method {name!r}: after '+' only 'published' makes sense")
-    settings: dict[str, Any] = {"published": True} if plus else {}
+    found = []
+    for name in given:
+        plain, plus, variant = name.partition("+")
+        if plus and variant != "published":
+            raise ValueError(f"method {name!r}: after '+' only 'published' makes sense")
+        settings: dict[str, Any] = {"published": True} if plus else {}
+        for change in changes:
+            if change.startswith(f"{plain}."):
+                set_key(settings, change.removeprefix(f"{plain}."))
+        names.build(names.method(plain), settings, f"method {name}")
+        found.append(Wanted(plain, settings))
+    known = {want.name for want in found}
     for change in changes:
-        if change.startswith(f"{plain}."):
-            set_key(settings, change.removeprefix(f"{plain}."))
-    return Wanted(plain, settings)
+        if not any(change.startswith(f"{name}.") for name in known):
+            asked = change.partition("=")[0].partition(".")[0]
+            raise ValueError(f"--set {change}: no method {asked!r} is measured{names.did_you_mean(asked, known)}")
+    return found
 
 
 @bench.command("editing", epilog=EXITS)
@@ -112,7 +128,9 @@ def editing(
     """What an edit costs: ours against plain implementations (from a checkout), and every method by itself.
 
     A random model with the shape of GPT-2 small, one thread, CPU seconds, medians, both sides turn and turn about. The
-    whole takes most of an hour. Examples: raysys bench editing --quick; raysys bench editing --only rome
+    whole takes most of an hour. The exit code is 1 when what both sides write differs.
+
+    Examples: raysys bench editing --quick; raysys bench editing --only rome
     """
     from dataclasses import replace
 
@@ -120,6 +138,7 @@ def editing(
     from raysys.editing_table import costs_table, lines_table
 
     size = replace(editing_bench.Size.quick() if quick else editing_bench.Size(), only=tuple(only or ()))
+    _check_only(size, methods)
     note = shared.stderr().print
     found = [] if methods else list(editing_bench.lines(size, note))
     costs = list(editing_costs.costs(size, note))
@@ -127,3 +146,21 @@ def editing(
         shared.say(table)
     if json_file is not None:
         json_file.write_text(json.dumps(editing_costs.tree(size, found, costs), indent=1), encoding="utf-8")
+    apart = [line for line in found if not line.difference <= editing_bench.CLOSE]
+    if apart:
+        said = "; ".join(f"{line.what} by {line.difference:.0e}" for line in apart)
+        shared.complain(f"what both sides write differs by more than {editing_bench.CLOSE:.0e}: {said}")
+        raise typer.Exit(1)
+
+
+def _check_only(size: Size, methods: bool) -> None:
+    """Raises ValueError for a part of `size.only` that no line and no method is called by."""
+    from raysys import names
+    from raysys.editing_bench import titles
+
+    lines = [] if methods else titles(size)
+    for part in size.only:
+        if part not in names.METHODS and not any(part in line for line in lines):
+            raise ValueError(
+                f"--only {part!r}: nothing has this name{names.did_you_mean(part, {*names.METHODS, *lines})}"
+            )

@@ -20,7 +20,7 @@ def prepare(
     changes: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it.")] = None,
     workers: Annotated[
         int | None,
-        typer.Option("--workers", min=1, help="Processes that sum, each with the model [default: evaluators]"),
+        typer.Option("--workers", min=1, help="Processes that sum, each with the model (default: evaluators)"),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -102,11 +102,21 @@ def train_editor(
     settings: Settings = None,
     dataset: Annotated[str, typer.Option("--dataset", help="Edits to train on; world: its part for that.")] = "world",
     path: Annotated[str, typer.Option("--path", help="Its file, where it needs one.")] = "",
-    skip: Annotated[int, typer.Option("--skip", min=0, help="Leave out the first records: those of studies.")] = 0,
-    count: Annotated[
-        int | None, typer.Option("--count", min=1, help="How many edits to train on [default: all]")
+    skip: Annotated[
+        int | None,
+        typer.Option(
+            "--skip",
+            min=0,
+            help="Leave out the first records, those of studies (default: 1000; world: 0, it has a part for training)",
+        ),
     ] = None,
-    cache: Annotated[Path | None, typer.Option("--cache", help="The cache folder [default: $RAYSYS_CACHE]")] = None,
+    count: Annotated[
+        int | None, typer.Option("--count", min=1, help="How many edits to train on (default: all)")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option("--cache", help="The cache folder (default: $RAYSYS_CACHE)")] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="float32, bfloat16 or float16: that of the study; an editor fits one.")
+    ] = "float32",
     device: Device = "cpu",
 ) -> None:
     """Train the network that a method needs for a model (MEND, MALMEN, RLEdit, SERAC) and keep it in the cache.
@@ -114,8 +124,11 @@ def train_editor(
     A part of the edits is held back to validate with; training ends early when that gets no better. Interrupted, the
     same command goes on from the last checkpoint. Settings of training: training.KEY=VALUE.
 
+    A study edits the first records of its data, so the first 1000 are not trained on; give --skip 0 for a file that no
+    study edits.
+
     Examples: raysys train-editor malmen world/small; raysys train-editor mend path/to/model --dataset zsre --path
-    zsre.json --skip 1000 training.steps=20000
+    zsre_mend_train.json --skip 0 --dtype bfloat16 training.steps=20000
     """
     given = shared.chosen(settings)
     changes = given.pop("training", {})
@@ -127,9 +140,11 @@ def train_editor(
     training.check(method, editor, changes)
     err = shared.stderr()
     part = {"part": "training"} if dataset == "world" else {}
+    if skip is None:
+        skip = 0 if part else training.SKIP
     found = shared.cases(dataset, path, **part)
     cases = training.cases(found, skip, count, lambda text: err.print(text, markup=False, soft_wrap=True))
-    loaded = shared.model(model, device)
+    loaded = shared.model(model, device, dtype)
     file, last = training.train(editor, loaded, cases, changes, cache, err)
     try:
         editor.prepare(loaded, cache)

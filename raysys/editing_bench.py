@@ -27,6 +27,7 @@ from raysys.model import Model
 from raysys.types import Edit
 
 CLOSE = 5e-5  # relative difference (Frobenius) of what both sides write
+KN = "KN, attribution (published)"  # the plain side has no other; the default variant is measured among the methods
 RIDGE = 0.01  # share of the mean of C's diagonal: few documents, and the plain side inverts
 SEARCH: Mapping[str, Any] = {"lr": 0.05, "weight_decay": 0.5, "kl": 0.0625}  # so small a step never ends a search early
 
@@ -94,18 +95,26 @@ def lines(size: Size, note: Callable[[str], None] = lambda _: None) -> Iterator[
     """Every comparison. Raises ValueError where the plain implementations are not installed."""
     _plain("rome")
     with Prepared(size, note) as setup:
-        measured: list[tuple[str, Callable[[Setup], Line]]] = [
-            ("rome", _rome),
-            *((f"memit {n}", lambda s, n=n: _memit(s, n)) for n in size.batches),
-            ("kn", _kn),
-            ("grace", _grace),
-            ("second moments", _moments),
-        ]
-        for name, measure in measured:
+        for name, measure in _measured(size):
             if not size.only or any(part in name for part in size.only):
                 note(f"{name} ...")
                 yield measure(setup)
                 gc.collect()
+
+
+def titles(size: Size) -> list[str]:
+    """What `size.only` can choose lines by."""
+    return [name for name, _ in _measured(size)]
+
+
+def _measured(size: Size) -> list[tuple[str, Callable[[Setup], Line]]]:
+    return [
+        ("rome", _rome),
+        *((f"memit {n}", lambda s, n=n: _memit(s, n)) for n in size.batches),
+        ("kn", _kn),
+        ("grace", _grace),
+        ("second moments", _moments),
+    ]
 
 
 class Prepared:
@@ -248,7 +257,7 @@ def _kn(setup: Setup) -> Line:
         return _plain("kn").attribution(model.net, model.tokenizer, facts[i].text, answer, modules, 20)
 
     measured = _in_turn(plain, lambda i: made.attribution(model, facts[i]), size.runs)
-    return _line("KN, attribution", 5, 1, measured, lambda theirs, ours: [(ours.scores, theirs)])
+    return _line(KN, 5, 1, measured, lambda theirs, ours: [(ours.scores, theirs)])
 
 
 def _grace(setup: Setup) -> Line:

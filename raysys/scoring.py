@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from raysys.asking import Asking
 from raysys.blocks import Block, Ids, Item
 from raysys.model import Model
-from raysys.types import Answer, Chosen, Generate, Generated, Reroutes, Scored
+from raysys.types import Answer, Chosen, Detour, Generate, Generated, Reroutes, Scored
 
 KeysValues = list[tuple[Tensor, Tensor]]  # per layer, (1, heads, T, d_head) each
 
@@ -75,10 +75,11 @@ class Engine:
         if straight:
             rest = replace(block, items=tuple(block.items[n] for n in straight))
             found |= dict(zip(straight, self._answer(rest), strict=True))
-        models = {id(d.model): d.model for d in detours if d is not None}
+        away = {n: detour for n, detour in enumerate(detours) if detour is not None}
+        models = {id(d.model): d.model for d in away.values()}
         for key, model in models.items():
-            sent = [n for n, d in enumerate(detours) if d is not None and id(d.model) == key]
-            items = [_sent(model, block.items[n], detours[n].prompt) for n in sent]  # type: ignore[union-attr]
+            sent = [n for n, d in away.items() if id(d.model) == key]
+            items = [_sent(block.items[n], away[n]) for n in sent]
             order = sorted(range(len(sent)), key=lambda i: -len(items[i].tokens))
             there = Engine(model)
             with model.bare():
@@ -225,12 +226,17 @@ def _whole(block: Block) -> Block:
     return replace(block, prefix=(), items=items)
 
 
-def _sent(model: Model, item: Item, prompt: Ids) -> Item:
-    """`item` after another prompt, cut from the left to what `model` reads."""
+def _sent(item: Item, detour: Detour) -> Item:
+    """`item` after a detour's prompt, cut behind what it keeps (if that leaves a token) to what its model reads."""
+    model, prompt = detour.model, detour.prompt
     following = item.query.max_tokens if isinstance(item.query, Generate) else max(map(len, item.choices)) - 1
     if following >= model.max_length:
         raise ValueError(f"{item.query.id}: {following} tokens of answer leave {model.name or 'the model'} no room")
-    return replace(item, tokens=prompt[-(model.max_length - following) :])
+    room = model.max_length - following
+    if len(prompt) > room:
+        keep = detour.keep if detour.keep < room else 0
+        prompt = prompt[:keep] + prompt[-(room - keep) :]
+    return replace(item, tokens=prompt)
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:

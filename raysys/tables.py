@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -145,11 +146,18 @@ def singles_table(title: str, tree: Mapping[str, Any]) -> RenderableType:
     shares = tree["shares"]
     table = grid("probe", "P(right) > P(wrong)", "greedy answer")
     for kind in dict.fromkeys(name.partition("/")[0] for name in shares):
-        table.add_row(kind, *(words.percent(shares[f"{kind}/{way}"]) for way in ("likelier", "greedy")))
+        table.add_row(kind, *(words.percent(shares.get(f"{kind}/{way}", math.nan)) for way in ("likelier", "greedy")))
     about = {"edits": str(tree["edits"]), "seconds an edit": f"{tree['seconds_per_edit'] or 0:.2f}"}
     about["largest miss"] = f"{tree['largest_miss'] or 0:.1e} (worn matrix against the value it should give)"
     about |= {f"refused {n}": reason for reason, n in tree["refused"].items()}
+    if tree["refused"]:
+        table.caption, table.caption_justify = Text(refusals(sum(tree["refused"].values())), style="dim"), "left"
     return Group(Text(title, style="bold"), facts(about), Text(""), table)
+
+
+def refusals(count: int) -> str:
+    """How refused edits are counted, below a table of single edits."""
+    return f"{words.count(count, 'refused edit')}: failed, whatever the model said before; not asked for neighbourhood"
 
 
 def prepared_tree(found: Sequence[Prepared]) -> list[dict[str, Any]]:
@@ -176,14 +184,15 @@ def trials_table(title: str, trials: Sequence[Trial], best: Trial) -> Renderable
     for trial in sorted(trials, key=lambda t: -t.score):
         said = ", ".join(f"{k} = {v}" for k, v in trial.changes.items()) or "its own settings"
         shares = (
-            "/".join(words.percent(trial.shares[f"{k}/{way}"], 0) for way in ("likelier", "greedy"))
+            "/".join(words.percent(trial.shares.get(f"{k}/{way}", math.nan), 0) for way in ("likelier", "greedy"))
             if f"{k}/greedy" in trial.shares
             else "–"
             for k in kinds
         )
         text = Text(said, style="bold" if trial is best else "red" if trial.fault else "")
         table.add_row(text, words.percent(trial.score), *shares, f"{trial.seconds:.2f}")
-    table.caption, table.caption_justify = Text("per cent: likelier than its rival / greedy", style="dim"), "left"
+    about = "per cent: likelier than its rival / greedy; refused edits count as failed"
+    table.caption, table.caption_justify = Text(about, style="dim"), "left"
     faults = [Text(f"{t.fault}", style="red") for t in trials if t.fault]
     return Group(Text(title, style="bold"), table, *faults)
 

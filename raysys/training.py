@@ -16,6 +16,7 @@ from raysys.model import Model
 from raysys.types import EditCase
 
 Say = Callable[[str], None]
+SKIP = 1000  # records of a data set without a part for training: what studies edit
 
 
 def cases(found: Iterable[EditCase], skip: int, count: int | None, say: Say) -> list[EditCase]:
@@ -35,7 +36,10 @@ def cases(found: Iterable[EditCase], skip: int, count: int | None, say: Say) -> 
     if bad:
         say(f"{words.count(len(bad), 'record')} left out; the first: {bad[0]}")
     if not good:
-        raise ValueError(f"no cases to train on after the first {skip} records; lower --skip, or take other data")
+        raise ValueError(
+            f"no cases to train on after the first {skip} records, which are left out because studies edit them; take "
+            "more data, or lower --skip (0 for a file that no study edits)"
+        )
     return good
 
 
@@ -69,7 +73,8 @@ def train(
             last = f"{told.step} steps, best validation loss {told.best:.4f}"
             parts = (f"training {_figures(told.training)}", f"validation {_figures(told.validation)}")
             skipped = f" | {words.count(told.skipped, 'update')} skipped, not finite" if told.skipped else ""
-            line = f"step {told.step}: {' | '.join(parts)}{skipped}"
+            left_out = f" | {words.count(told.left_out, 'case')} left out, too long" if told.left_out else ""
+            line = f"step {told.step}: {' | '.join(parts)}{skipped}{left_out}"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
         settings = {"settings": dict(changes)} if changes else {}

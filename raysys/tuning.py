@@ -3,7 +3,8 @@
 One setting after the other is tried at a few values with the others at their best so far; rounds go on until nothing
 gets better or the trials are used up. The *score* of a trial is the mean over efficacy, paraphrase and neighbourhood
 of single edits, each the mean of two shares: the right answer is likelier than its rival, and greedy text gives it.
-Refused edits count as failed. Trials are kept in a file, so that an interrupted search goes on.
+Refused edits count as failed. Trials are kept in a file, so that an interrupted search goes on; those that broke
+down are not, as it may have been the machine that failed.
 """
 
 from __future__ import annotations
@@ -79,16 +80,19 @@ def search(
     tell: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Iterator[Trial]:
     """Every trial as it is done, the first with the method's own settings. Raises ValueError when that one fails."""
-    run = _Run(model, name, dict(settings), cases, trials, cache, tell)
+    names.method(name)
+    try:
+        run = _Run(model, name, dict(settings), cases, trials, cache, tell)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"method {name} can't be tuned: {error}") from error
     first = run.trial({})
     assert first is not None
     yield first
     if first.fault:
         raise ValueError(f"method {name} can't be tuned: {first.fault}")
-    method, ready = run.built({})
-    settled = json.loads(json.dumps(ready.identity()["settings"]))  # as in a file: lists, no tuples
+    settled = json.loads(json.dumps(run.identity["settings"]))  # as in a file: lists, no tuples
     top, before = first, None
-    grid = json.loads(json.dumps(candidates(method, settled, model)))
+    grid = json.loads(json.dumps(candidates(run.method, settled, model)))
     while top is not before:
         before = top
         for setting, values in grid.items():
@@ -115,9 +119,12 @@ class _Run:
         self.cache, self.tell, self.number = cache, tell, 0
         from methods import artifacts
 
+        self.method, ready = self.built({})
+        self.identity = ready.identity()
         requests = [[c.request.prompt, c.request.subject, c.request.target] for c in cases]
         version = getattr(names.method(name), "version", "")
-        key = content_hash([1, model.digest, name, version, settings, requests])[:24]
+        made_of = dict(self.identity.get("artifacts", {}))  # an editor trained anew, other second moments
+        key = content_hash([2, model.digest, name, version, settings, requests, made_of])[:24]
         self.file = artifacts.folder(cache) / "tune" / f"{key}.jsonl"
         self.known = dict(self._read())
         self.seen: set[str] = set()
@@ -145,7 +152,7 @@ class _Run:
         self.left -= 1
         self.number += 1
         found = self.known.get(key) or self._made(changes)
-        if key not in self.known:
+        if key not in self.known and (found.shares or not found.fault):  # refusals are kept, breakdowns tried again
             self.known[key] = found
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as file:
@@ -163,8 +170,9 @@ class _Run:
         except (ValueError, RuntimeError) as error:
             return Trial(dict(changes), 0.0, {}, 0.0, str(error))
         taken = sum(not s.refused for s in singles) / len(singles)
-        shares = {k: taken * v for k, v in checks.shares(singles).items()}
-        kinds = [fmean((shares[f"{k}/likelier"], shares[f"{k}/greedy"])) for k in KINDS if f"{k}/greedy" in shares]
+        shares = {k: v * taken if k.startswith("neighbourhood") else v for k, v in checks.shares(singles).items()}
+        ways = [[shares[f"{k}/{way}"] for way in ("likelier", "greedy") if f"{k}/{way}" in shares] for k in KINDS]
+        kinds = [fmean(found) for found in ways if found]
         fault = next((s.refused for s in singles if s.refused), "") if not taken else ""
         return Trial(dict(changes), fmean(kinds) if kinds else 0.0, shares, fmean(s.seconds for s in singles), fault)
 

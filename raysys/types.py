@@ -198,10 +198,14 @@ class Joins(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Detour:
-    """Answer a question with `model`, after the prompt tokens `prompt`, instead."""
+    """Answer a question with `model`, after the prompt tokens `prompt`, instead.
+
+    A prompt that is too long loses what stands behind its first `keep` tokens.
+    """
 
     model: Model
     prompt: tuple[int, ...]
+    keep: int = 0
 
 
 @runtime_checkable

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from raysys.patch import Wearer, merge
 from raysys.types import Edit, EditRequest, Patch
 
 TOLERANCE = 1e-4  # relative, float32
+OLD_PADDING = ("gpt2", "gpt_neox")  # families in which transformers 4.46, of the vectors, treats padding in its own way
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,25 @@ class Line:
     tolerance: float = TOLERANCE
 
     @property
+    def tensor(self) -> str:
+        """The recorded tensor that was compared, where it is one: what stands before any remark in brackets."""
+        return self.what.partition(" (")[0]
+
+    @property
     def passed(self) -> bool:
         return self.error <= self.tolerance
+
+
+class Recorded(UserDict[str, Tensor]):
+    """The tensors of a folder by name; `read` has the names of those that were looked at."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.read: set[str] = set()
+        super().__init__(tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.read.add(name)
+        return super().__getitem__(name)
 
 
 @dataclass(frozen=True)
@@ -45,10 +67,15 @@ class Case:
     hparams: dict[str, Any]
     requests: list[EditRequest]
     batches: list[list[int]]
-    vectors: dict[str, Tensor]
+    vectors: Recorded
     common: dict[str, Tensor]
     contexts: dict[str, Any]
     model: Model
+
+    @cached_property
+    def parameters(self) -> frozenset[str]:
+        """Names of the model's parameters."""
+        return frozenset(name for name, _ in self.model.net.named_parameters())
 
     @property
     def weight(self) -> str:
@@ -73,7 +100,7 @@ def load(root: Path, folder: Path, family: str, method: str) -> Case:
         hparams=meta["hparams"],
         requests=requests,
         batches=meta.get("batches", [[i] for i in range(len(requests))]),
-        vectors=load_file(folder / "vectors.safetensors"),
+        vectors=Recorded(load_file(folder / "vectors.safetensors")),
         common=load_file(common / "vectors.safetensors"),
         contexts=json.loads((common / "meta.json").read_text(encoding="utf-8"))["context_templates"],
         model=Model.load(str(root / "models" / f"tiny-{family}"), attention="eager"),
@@ -85,6 +112,13 @@ def error(got: Tensor, wanted: Tensor) -> float:
     if got.shape != wanted.shape:
         return float("inf")
     return float((got.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-30))
+
+
+def largest(got: Tensor, wanted: Tensor) -> float:
+    """Largest absolute difference; infinite when shapes differ."""
+    if got.shape != wanted.shape:
+        return float("inf")
+    return float((got.double() - wanted.double()).abs().max())
 
 
 def sequence(case: Case, method: Any) -> Iterator[tuple[int, Edit]]:
@@ -118,19 +152,51 @@ def stored(case: Case, name: str) -> Tensor:
 def all_steps(
     case: Case, method: Any, names: list[str], per_edit: Callable[[int, Edit], Iterator[Line]]
 ) -> Iterator[Line]:
-    """Logits and weight differences before, after the first and after the last batch, and `per_edit` in between."""
-    before = {n: stored(case, n) for n in names}
-    last = len(case.batches)
+    """Logits and weight differences before, after the first and after the last batch, and `per_edit` in between.
+
+    `names`: the parameters that the method may change.
+    """
+    deltas = _deltas(case, names)
+    every = {*names, *(name for name, _ in deltas.values())}
+    before = {n: stored(case, n) for n in every if n in case.parameters}
     yield Line(case.name, "logits.pre", error(logits(case), case.vectors["logits.pre"]))
     for number, edit in sequence(case, method):
         yield from per_edit(number, edit)
-        for n in names:
-            recorded = {
-                *((f"edit0.weight_delta{end}" for end in ("", f".{n}")) if number == 0 else ()),
-                *((f"weight_delta_total{end}" for end in (last, f".{n}", f"{last}.{n}")) if number + 1 == last else ()),
-            }
-            for what in sorted(recorded & case.vectors.keys()):
-                yield Line(case.name, what, error(stored(case, n) - before[n], case.vectors[what]))
+        for what, (name, made) in deltas.items():
+            if made == number + 1 and name in before:
+                yield Line(case.name, what, error(stored(case, name) - before[name], case.vectors[what]))
+        if number + 1 == len(case.batches):
+            total = {name for name, made in deltas.values() if made == number + 1}
+            for n in names if total else ():
+                if n not in total and not torch.equal(stored(case, n), before[n]):
+                    yield Line(case.name, f"changed by us, not recorded: {n}", float("inf"))
         what = f"logits.after{number + 1}"
         if what in case.vectors:
             yield Line(case.name, what, error(logits(case), case.vectors[what]))
+
+
+def _deltas(case: Case, names: list[str]) -> dict[str, tuple[str, int]]:
+    """Recorded weight differences: whose they are, and after how many batches."""
+    found = {}
+    for what in sorted(case.vectors):
+        total = re.fullmatch(r"weight_delta_total(\d*)(?:\.(.+))?", what)
+        first = re.fullmatch(r"edit0\.weight_delta(?:\.(.+))?", what)
+        if total:
+            found[what] = total[2], int(total[1] or len(case.batches))
+        elif first:
+            found[what] = first[1], 1
+    return {what: (name or names[0], made) for what, (name, made) in found.items() if name or names}
+
+
+def unseen(case: Case, lines: Sequence[Line], inputs: Sequence[str]) -> Iterator[Line]:
+    """What is wrong with the comparisons of a case as a whole: tensors left out, neither weights nor logits compared.
+
+    `inputs`: patterns of the names of tensors that are given to the method or say again what others do.
+    """
+    compared = {line.tensor for line in lines} & case.vectors.keys()
+    for name in sorted(case.vectors.keys() - compared):
+        if not any(fnmatchcase(name, pattern) for pattern in inputs):
+            how = "read" if name in case.vectors.read else "recorded"
+            yield Line(case.name, f"{how}, not compared: {name}", float("inf"))
+    if not any("weight_delta" in name or "logits.after" in name for name in compared):
+        yield Line(case.name, "neither changed weights nor logits were compared", float("inf"))

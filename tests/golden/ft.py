@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
 
 import torch
 
+from methods import ft
 from methods.ft import FtL, FtM
 from raysys.types import Edit
 from tests.golden.common import Case, Line, all_steps, error
@@ -20,14 +23,22 @@ def _ft(case: Case) -> Iterator[Line]:
     else:
         method = FtM(norm_constraint=ball, **shared)
 
-    def per_edit(number: int, edit: Edit) -> Iterator[Line]:
-        losses = case.vectors[f"edit{number}.losses"]
-        yield Line(case.name, f"edit{number} steps", abs(edit.log["steps"] - len(losses)))
-        yield Line(case.name, f"edit{number} last loss", error(torch.tensor(edit.log["loss"]), losses[-1]))
+    modules = [case.model.mlp_out(layer) for layer in h["layers"]]
+    trained = [f"{m}.{name}" for m in modules for name, _ in case.model.module(m).named_parameters()]
+    losses: list[float] = []
+    real = ft._step
 
-    module = case.weight.removesuffix(".weight")
-    trained = [f"{module}.{name}" for name, _ in case.model.module(module).named_parameters()]
-    yield from all_steps(case, method, trained, per_edit)
+    def step(*args: Any) -> Any:
+        loss, slopes = real(*args)
+        losses.append(float(loss))
+        return loss, slopes
+
+    def per_edit(number: int, edit: Edit) -> Iterator[Line]:
+        name, mine = f"edit{number}.losses", losses[-edit.log["steps"] :]
+        yield Line(case.name, name, error(torch.tensor(mine), case.vectors[name]))
+
+    with mock.patch.object(ft, "_step", step):
+        yield from all_steps(case, method, trained, per_edit)
 
 
 METHODS: dict[str, Callable[[Case], Iterator[Line]]] = {"FT-L": _ft, "FT-M": _ft}

@@ -18,7 +18,7 @@ from methods.ultraedit import PreparedUltraEdit, UltraEdit
 from raysys.model import Model
 from raysys.patch import Dense, LowRank, Wearer, merge
 from raysys.types import Edit, EditRequest, Patch
-from tests.golden.common import Case, Line, all_steps, error, logits
+from tests.golden.common import OLD_PADDING, Case, Line, all_steps, error, logits
 
 
 def _mend(case: Case) -> Iterator[Line]:
@@ -50,6 +50,10 @@ def _mend(case: Case) -> Iterator[Line]:
                 if (key := f"edit{number}.{what}.{name}") in v:
                     yield Line(case.name, key, error(got, v[key]))
 
+    for name, (d_in, d_out) in net.shapes.items():
+        old = _named(v, d_in, d_out)
+        std = torch.cat((v[f"{old}.u_std"], v[f"{old}.v_std"]))
+        yield Line(case.name, f"{old}.std for {name}", error(net._of(name).stats.std, std))
     yield from all_steps(case, method, weights, per_edit)
 
 
@@ -60,7 +64,7 @@ def _recorded(case: Case, modules: tuple[str, ...]) -> HyperNet:
     tensors = {"lrs": v["hyper.edit_lrs"]}
     for name in modules:
         d_in, d_out = net.shapes[name]
-        old = next(o for o in (f"hyper.mend.{s}" for s in ((d_in, d_out), (d_out, d_in))) if _fits(v, o, d_in, d_out))
+        old = _named(v, d_in, d_out)
         new = f"transforms.{d_in}x{d_out}"
         tensors[f"{new}.n"] = v[f"{old}.k"][0]
         for ours, theirs in (("mean", "mean"), ("m2", "s")):
@@ -73,8 +77,12 @@ def _recorded(case: Case, modules: tuple[str, ...]) -> HyperNet:
     return net
 
 
-def _fits(v: dict[str, Tensor], name: str, d_in: int, d_out: int) -> bool:
-    return f"{name}.k" in v and (len(v[f"{name}.u_mean"]), len(v[f"{name}.v_mean"])) == (d_in, d_out)
+def _named(v: Mapping[str, Tensor], d_in: int, d_out: int) -> str:
+    """Where the tensors of a shape's network are: EasyEdit names it as the family stores the matrix."""
+    for name in (f"hyper.mend.{shape}" for shape in ((d_in, d_out), (d_out, d_in))):
+        if f"{name}.k" in v and (len(v[f"{name}.u_mean"]), len(v[f"{name}.v_mean"])) == (d_in, d_out):
+            return name
+    raise ValueError(f"no network for matrices from {d_in} to {d_out} was recorded")
 
 
 def _ultraedit(case: Case) -> Iterator[Line]:
@@ -83,7 +91,7 @@ def _ultraedit(case: Case) -> Iterator[Line]:
     modules = tuple(h["inner_params"])
     settings = UltraEdit(modules=modules, lr=h["lr"], at_once=h["batch_size_once"], tokens="all", published=True)
     method = settings.prepare(case.model)
-    if case.family == "gpt2":
+    if case.model.config.model_type in OLD_PADDING:
         _as_recorded(case.model)
     wearer = Wearer(case.model)
     worn: tuple[Patch, ...] = ()
@@ -109,15 +117,18 @@ def _ultraedit(case: Case) -> Iterator[Line]:
 
 
 def _as_recorded(model: Model) -> None:
-    """Attention as transformers 4.46 computes GPT-2's: a token in the padding looks alike at the padding it may see and
-    at what comes later, and no gradient flows to the scores of what comes later. It matters where padding is asked for
-    a target."""
+    """Attention as transformers 4.46 computes it: in GPT-2 a token in the padding looks alike at the padding it may see
+    and at what comes later, in GPT-NeoX at that padding alone, and no gradient flows to the scores of what comes later.
+    It matters where padding is asked for a target."""
+    everywhere = model.config.model_type == "gpt2"
 
     def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **_: Any) -> tuple[Tensor, Tensor]:
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # (B, heads, T, T)
         seen = torch.ones(scores.shape[-2:]).tril() > 0
         scores = torch.where(seen, scores, torch.finfo(scores.dtype).min)
-        weights = (scores if mask is None else scores + mask[:, :, -1:]).softmax(-1)  # the last row masks padding alone
+        if mask is not None:
+            scores = scores + (mask[:, :, -1:] if everywhere else mask)  # the last row masks padding alone
+        weights = scores.softmax(-1)
         return (weights @ v).transpose(1, 2), weights
 
     AttentionInterface.register("recorded", attention)
@@ -149,6 +160,8 @@ def _normaliser(case: Case, turn: int, memory: Mapping[str, Tensor]) -> Iterator
         for what, tensor in got.items():
             yield Line(case.name, f"{names[0]}.{what}", error(tensor, v[f"{names[0]}.{what}"]))
 
+
+INPUTS = {"MEND": ("hyper.*",)}  # the trained network; its deviations are compared
 
 METHODS: dict[str, Callable[[Case], Iterator[Line]]] = {
     "MEND": _mend,

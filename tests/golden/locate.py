@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import torch
-
 from methods.artifacts import Contexts, Moment
 from methods.rome import PreparedRome, Rome
 from raysys.types import Edit
-from tests.golden.common import Case, Line, all_steps, error
+from tests.golden import searches
+from tests.golden.common import Case, Line, all_steps
 
 
 def _rome(case: Case) -> Iterator[Line]:
@@ -30,17 +29,12 @@ def _rome(case: Case) -> Iterator[Line]:
     contexts = Contexts(tuple(case.contexts["rome"]), "recorded")
     method = PreparedRome(settings=settings, contexts=contexts, moment=moment if h["mom2_adjustment"] else None)
 
-    def per_edit(number: int, edit: Edit) -> Iterator[Line]:
-        [patch] = edit.patches
-        wanted = case.vectors
-        for got, what in ((patch.right[0], "u"), (patch.left[:, 0], "right_vector")):  # type: ignore[attr-defined]
-            yield Line(case.name, f"edit{number}.{what}", error(got, wanted[f"edit{number}.{what}"]))
-        passes = len(wanted[f"edit{number}.losses"])
-        yield Line(case.name, f"edit{number} passes", abs(edit.log["passes"] - passes))
-        last = wanted[f"edit{number}.losses"][-1, 0]
-        yield Line(case.name, f"edit{number} last loss", error(torch.tensor(edit.log["loss"]), last))
+    with searches.watched() as found:
 
-    yield from all_steps(case, method, [case.weight], per_edit)
+        def per_edit(number: int, edit: Edit) -> Iterator[Line]:
+            yield from searches.rome(case, number, found[-1], edit.patches[0], "mixed")
+
+        yield from all_steps(case, method, [case.weight], per_edit)
 
 
 METHODS: dict[str, Callable[[Case], Iterator[Line]]] = {"ROME": _rome, "ROME-nomom2": _rome}

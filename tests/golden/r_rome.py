@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-
-import torch
+from typing import Literal
 
 from methods.artifacts import Contexts, Moment
 from methods.r_rome import PreparedRRome, RRome
 from methods.rome import PreparedRome, Rome
 from raysys.types import Edit
-from tests.golden.common import Case, Line, all_steps, error
+from tests.golden import searches
+from tests.golden.common import Case, Line, all_steps
 
 
 def _r_rome(case: Case) -> Iterator[Line]:
@@ -26,7 +26,7 @@ def _r_rome(case: Case) -> Iterator[Line]:
         "ridge": 0.0,
         "double": False,  # the reference's inverse is; ours in double differs from it by up to cond(C) * 6e-8
     }
-    keys = "mean" if h["enable_random_prefix_keys"] else "bare"
+    keys: Literal["mean", "bare"] = "mean" if h["enable_random_prefix_keys"] else "bare"
     moment = Moment(case.common[f"cov.{case.model.mlp_out(shared['layer'])}"].double(), 1, "recorded")
     rome = PreparedRome(
         settings=Rome(**shared),
@@ -36,17 +36,12 @@ def _r_rome(case: Case) -> Iterator[Line]:
     )
     method = PreparedRRome(settings=RRome(**shared, keys=keys), rome=rome)
 
-    def per_edit(number: int, edit: Edit) -> Iterator[Line]:
-        [patch] = edit.patches
-        wanted = case.vectors
-        for got, what in ((patch.right[0], "u"), (patch.left[:, 0], "right_vector")):  # type: ignore[attr-defined]
-            yield Line(case.name, f"edit{number}.{what}", error(got, wanted[f"edit{number}.{what}"]))
-        passes = len(wanted[f"edit{number}.losses"])
-        yield Line(case.name, f"edit{number} passes", abs(edit.log["passes"] - passes))
-        last = wanted[f"edit{number}.losses"][-1, 0]
-        yield Line(case.name, f"edit{number} last loss", error(torch.tensor(edit.log["loss"]), last))
+    with searches.watched() as found:
 
-    yield from all_steps(case, method, [case.weight], per_edit)
+        def per_edit(number: int, edit: Edit) -> Iterator[Line]:
+            yield from searches.rome(case, number, found[-1], edit.patches[0], keys)
+
+        yield from all_steps(case, method, [case.weight], per_edit)
 
 
 METHODS: dict[str, Callable[[Case], Iterator[Line]]] = {"R-ROME": _r_rome}

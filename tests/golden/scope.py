@@ -27,14 +27,17 @@ def _nets(case: Case) -> Nets:
     for part, net in (("classifier", classifier), ("replacement", counterfactual)):
         prefix = f"hyper.{part}."
         recorded = {k.removeprefix(prefix): v for k, v in case.vectors.items() if k.startswith(prefix)}
-        net.load_state_dict(recorded, strict=False)
+        unknown = net.load_state_dict(recorded, strict=False).unexpected_keys
+        if unknown:
+            raise ValueError(f"the {part} has no {', '.join(unknown)}")
     return Nets(Encoder(classifier.eval(), AutoTokenizer.from_pretrained(folder), "first"), counterfactual.eval())
 
 
 @torch.no_grad()
 def _serac(case: Case) -> Iterator[Line]:
-    if case.vectors["hyper.scale"] != 1:
-        raise ValueError(f"recorded with scale {case.vectors['hyper.scale']}; the paper's classifier has none")
+    yield Line(
+        case.name, "hyper.scale (the paper's classifier has none)", float((case.vectors["hyper.scale"] - 1).abs())
+    )
     settings = Serac(published=True, classifier=case.hparams["cls_name"], counterfactual=case.hparams["small_name"])
     prepared = PreparedSerac(settings=settings, block=_nets(case).packed(), model=case.model)
     yield Line(case.name, "logits.pre", error(logits(case), case.vectors["logits.pre"]))
@@ -53,10 +56,9 @@ def _serac(case: Case) -> Iterator[Line]:
             wanted = case.vectors[f"{mode}.sims.after{number}"]
             yield Line(case.name, f"{mode}.sims.after{number}", error(scores, wanted[:, 0]))
             yield Line(case.name, f"{mode} nearest after{number}", float((entry != wanted[:, 1]).sum()))
+            what = f"{mode}.logits.after{number}"
             mixed = mixture(before, _small(case, scope, scores), scores)
-            yield Line(
-                case.name, f"{mode}.logits.after{number}", error(mixed, case.vectors[f"{mode}.logits.after{number}"])
-            )
+            yield Line(case.name, what, error(mixed, case.vectors[what]))
         wearer.take_off()
 
 
@@ -72,5 +74,7 @@ def _small(case: Case, scope: Scope, scores: Tensor) -> Tensor:
             rows.append(small.logits(hidden[0, -1]))
     return torch.stack(rows)
 
+
+INPUTS = {"SERAC": ("hyper.classifier.*", "hyper.replacement.*")}  # the trained networks, which must fit
 
 METHODS: dict[str, Callable[[Case], Iterator[Line]]] = {"SERAC": _serac}

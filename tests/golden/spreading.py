@@ -16,6 +16,7 @@ from methods.projectors import NullSpace, cut
 from methods.spread import Spread, edit
 from raysys.patch import LowRank
 from raysys.types import Edit
+from tests.golden import searches
 from tests.golden.common import Case, Line, all_steps, error
 
 
@@ -57,23 +58,23 @@ def moments(case: Case, modules: list[str]) -> dict[str, Moment]:
     return {m: Moment(case.common[f"cov.{m}"].double(), 1, "recorded") for m in modules}
 
 
-def batch(case: Case, number: int, done: Spread, values: Any) -> Iterator[Line]:
-    """Values, losses, keys, residuals and factors of one batch, as far as they were recorded."""
+def batch(case: Case, number: int, done: Spread, values: Any, found: list[searches.Search]) -> Iterator[Line]:
+    """Values, searches, keys, residuals and factors of one batch, as far as they were recorded."""
 
     def line(name: str, got: Tensor) -> Iterator[Line]:
         name = f"edit{number}.{name}"
         if name in case.vectors:
             yield Line(case.name, name, error(got, case.vectors[name]))
 
-    for j, found in enumerate(values):
-        pair = found if isinstance(found, tuple) else (found, found)
-        value = pair[1]
-        for name, one in zip(("z_attn", "z_mlp"), pair, strict=True):
-            yield from line(f"{name}.{j}", one.wanted)
-        yield from line(f"z.{j}", value.wanted)
-        losses = case.vectors[f"edit{number}.losses.{j}"]
-        yield Line(case.name, f"edit{number} passes {j}", abs(len(value.losses) - len(losses)))
-        yield from line(f"losses.{j}", value.losses.double())
+    for j, (value, search) in enumerate(zip(values, found, strict=True)):
+        if isinstance(value, tuple):  # PMET's
+            for name, one in zip(("z_attn", "z_mlp"), value, strict=True):
+                yield from line(f"{name}.{j}", one.wanted)
+        else:
+            yield from line(f"z.{j}", value.wanted)
+        yield from line(f"delta_traj.{j}", search.offsets)
+        wanted = case.vectors[f"edit{number}.losses.{j}"]
+        yield Line(case.name, f"edit{number}.losses.{j}", searches.losses(search.losses, wanted))
     for module, keys in done.keys.items():
         yield from line(f"ks.{module}.weight", keys.T)
         yield from line(f"cur_z.{module}.weight", done.now[module].T)
@@ -87,12 +88,15 @@ def compared(case: Case, method: Any, names: list[str], steps: list[dict[str, Te
     """All lines of a case; `steps` is given what each batch leaves to the method's memory."""
     recording = Recording(method)
 
-    def per_edit(number: int, made: Edit) -> Iterator[Line]:
-        if steps is not None and made.memory:
-            steps.append(dict(made.memory))
-        yield from batch(case, number, recording.done, recording.values)
+    with searches.watched() as found:
 
-    yield from all_steps(case, recording, [f"{m}.weight" for m in names], per_edit)
+        def per_edit(number: int, made: Edit) -> Iterator[Line]:
+            if steps is not None and made.memory:
+                steps.append(dict(made.memory))
+            mine = found[-len(case.batches[number]) :]
+            yield from batch(case, number, recording.done, recording.values, mine)
+
+        yield from all_steps(case, recording, [f"{m}.weight" for m in names], per_edit)
 
 
 def _memit(case: Case) -> Iterator[Line]:

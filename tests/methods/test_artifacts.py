@@ -8,7 +8,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from methods import artifacts, moments
+from methods.rome import cholesky
 from raysys.corpora import Corpus
+from raysys.tokens import Tokens
 from tests.families import tiny
 
 TEXT = "Anna was born in Rome .\nThe Eiffel tower is in Paris .\nOslo is the capital of Norway and Lima of Peru .\n"
@@ -109,3 +111,27 @@ def test_documents_of_a_file_are_its_paragraphs_or_lines(tmp_path):
     assert list(Corpus(str(tmp_path / "paragraphs.txt"), 9).texts()) == ["a\nb", "c"]
     few = list(Corpus(str(tmp_path / "lines.txt"), 2).texts())
     assert len(few) == 2 and few == list(Corpus(str(tmp_path / "lines.txt"), 2).texts())
+
+
+def test_an_infinite_second_moment_is_said_as_such_and_not_kept(corpus, tmp_path):
+    model = tiny("llama", torch.float16)
+    model.parameter("model.layers.1.mlp.up_proj.weight").mul_(1e4)
+    model.parameter("model.layers.1.mlp.gate_proj.weight").mul_(1e3)
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.mlp\.down_proj.*float16.*not finite: .*load it in bfloat16 or fl"
+    ):
+        artifacts.second_moment(model, model.mlp_out(1), corpus, tmp_path)
+    assert not list(tmp_path.glob("second_moment/*"))
+    with pytest.raises(ValueError, match="not finite"):
+        cholesky(torch.full((3, 3), float("inf"), dtype=torch.float64), 1e-4)
+
+
+def test_texts_are_cut_where_the_published_moments_are_and_the_name_says_so(corpus, tmp_path, monkeypatch):
+    model = tiny("gpt2")
+    assert moments.longest(Tokens(model.tokenizer, 131_072)) == 4096
+    assert moments.longest(model.tokens) == 64
+    whole = artifacts.second_moment(model, model.mlp_out(1), corpus, tmp_path)
+    monkeypatch.setattr(moments, "LONGEST", 4)
+    cut = artifacts.second_moment(model, model.mlp_out(1), corpus, tmp_path)
+    assert cut.count == sum(min(4, len(model.encode(t))) for t in TEXT.splitlines()) < whole.count
+    assert len(list(tmp_path.glob("second_moment/*.safetensors"))) == 2

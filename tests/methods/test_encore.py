@@ -93,5 +93,5 @@ def test_presets_have_the_published_patience_and_norm_term():
 
 
 def test_a_weight_of_zero_is_refused(corpus, tmp_path):
-    with pytest.raises(ValueError, match="weight is above 0"):
+    with pytest.raises(ValueError, match="weight is a number above 0"):
         Encore(**{**SETTINGS, "weight": 0.0}, corpus=corpus).prepare(tiny("gpt2"), tmp_path)

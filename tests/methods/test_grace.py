@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from methods import locate, recall
+from methods import grace, locate, recall
 from methods.grace import PRESETS, Codebook, Grace, Tail, rule
 from raysys import patch
 from raysys.asking import Asking
@@ -244,3 +244,24 @@ def test_bad_settings_and_a_broken_model_are_said():
 def test_presets_are_the_published_ones():
     assert PRESETS["gpt2-xl"]["layer"] == 35 and PRESETS["llama-2-7b"]["steps"] == 100
     assert rule(tiny("llama"))["layer"] < 3 and patch.KINDS["codebook"].endswith(Codebook.__name__)
+
+
+def test_a_step_on_top_of_a_book_is_the_book_of_all_its_keys():
+    """Keys appended and rewritten, with targets of other lengths: the same bits as entry by entry."""
+
+    def made(at, seed, targets):
+        generator = torch.Generator().manual_seed(seed)
+        draw = [torch.randn(len(at), n, generator=generator) for n in (4, 6, 1)]
+        rows = zip(at, *draw, targets, strict=True)
+        return {n: grace._Entry(k, v, float(r), t, n + 2) for n, k, v, r, t in rows}
+
+    whole = made(range(5), 0, [(1, 2), (3,), (), (4, 5, 6), (7,)])
+    steps = [made(at, 1, [(8, 9, 8), (5,)][: len(at)]) for at in ([5], [1], [3, 5], [0, 4], [4, 5])]
+    book = grace._written(whole, "m", 3, False)
+    for step in steps:
+        wanted = grace._written(whole | step, "m", 9, False)
+        found = grace._written(step, "m", 9, False).after(book)
+        assert found.fields() == wanted.fields()
+        assert all(torch.equal(t, found.tensors()[k]) for k, t in wanted.tensors().items())
+        assert all(t.dtype == found.tensors()[k].dtype for k, t in wanted.tensors().items())
+        assert [found.entry(n).labels for n in range(len(found.keys))] == [e.labels for e in (whole | step).values()]

@@ -1,6 +1,7 @@
 """Networks that transform gradients: their statistics, their training, and the files they are kept in."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from methods import editors, gradients, training
 from methods.gradients import Trace
 from methods.hypernet import HyperNet, Stats, shapes
 from methods.training import Training, order, split
+from raysys.types import EditRefused
 from tests.families import tiny
 
 SHAPES = {"one": (3, 2), "two": (3, 2), "three": (2, 4)}
@@ -166,6 +168,43 @@ def test_a_step_that_is_not_finite_is_thrown_away(tmp_path):
     training.train(broken, HOW, WANTED, "data", tmp_path, heard.append)
     assert heard[-1].skipped == 2
     assert all(p.isfinite().all() for p in broken.net.parameters())
+
+
+class Refusing(Fit):
+    """Refuses the steps and validations of these numbers (from 1), as a loss that is not finite does."""
+
+    def __init__(self, steps, validations=()):
+        super().__init__()
+        self.steps, self.validations, self.judged = steps, validations, 0
+
+    def learn(self, cases):
+        found = super().learn(cases)
+        if len(self.calls) in self.steps:
+            raise EditRefused("not finite")
+        return found
+
+    def judge(self, cases):
+        self.judged += 1
+        if self.judged in self.validations:
+            raise EditRefused("not finite")
+        return super().judge(cases)
+
+
+def test_a_lesson_that_is_refused_costs_its_update_and_no_more(tmp_path):
+    heard, refusing, nan = [], Refusing((3, 12)), Fit(broken=(3, 12))
+    path = training.train(refusing, HOW, WANTED, "data", tmp_path / "a", heard.append)
+    assert heard[-1].skipped == 2 and heard[-1].step == 40
+    same = load_file(training.train(nan, HOW, WANTED, "data", tmp_path / "b"))  # as a gradient of nan does
+    assert all(torch.equal(t, same[k]) for k, t in load_file(path).items())
+
+
+def test_a_validation_that_is_refused_is_no_good_one_and_training_goes_on(tmp_path):
+    heard = []
+    training.train(Refusing((), (2,)), HOW, WANTED, "data", tmp_path, heard.append)
+    assert [p.validation["loss"] == math.inf for p in heard] == [False, True, False, False]
+    assert heard[1].best == heard[0].best
+    with pytest.raises(ValueError, match="without one finite validation"):
+        training.train(Refusing(range(41), range(5)), HOW, WANTED, "other", tmp_path)
 
 
 def test_training_ends_when_it_does_not_get_better(tmp_path):

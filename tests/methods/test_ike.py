@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from methods.encoder import Encoder, own_encoder
-from methods.ike import END, PAPER_LAYOUT, Demonstrations, Ike, PreparedIke, demonstrations, put
+from methods.ike import END, PAPER_LAYOUT, Demonstrations, Ike, PreparedIke, _names, demonstrations, put
 from raysys.blocks import pack
 from raysys.patch import Wearer, merge, wearing
 from raysys.scoring import Engine
@@ -200,3 +200,31 @@ def test_demonstrations_of_another_layout_are_not_taken(tmp_path):
         dataclasses.replace(SMALL, layout="Q: {prompt}").prepare(model, tmp_path)
     with pytest.raises(ValueError, match="unknown setting 'lr'"):
         SMALL.train(model, CASES, tmp_path, settings={"lr": 1.0})
+
+
+def test_demonstrations_and_identity_depend_on_the_encoders_weights(tmp_path, monkeypatch):
+    model = tiny("llama", max_position_embeddings=256)
+
+    def use(seed):
+        torch.manual_seed(seed)
+        net = own_encoder(model, 16).net
+        made = Encoder(net, model.tokenizer, "mean", "", own_tokenizer=True)
+        monkeypatch.setattr("methods.ike.pretrained_encoder", lambda *_: made)
+
+    method = dataclasses.replace(SMALL, encoder="folder")
+    said = []
+    for seed in (0, 1):
+        use(seed)
+        with pytest.raises(ValueError, match="there is none"):
+            method.prepare(model, tmp_path)
+        method.train(model, CASES, tmp_path)
+        said.append(method.prepare(model, tmp_path).identity())
+    use(0)
+    again = method.prepare(model, tmp_path).identity()
+    assert again == said[0] and again["artifacts"]["weights"] != said[1]["artifacts"]["weights"]
+
+
+def test_a_subject_is_named_as_whole_words_only():
+    for question, named in (("Is Anna in?", True), ("Annabert", False), ("Annabert Anna", True), ("Bert", False)):
+        assert _names(question, " Anna") is named
+    assert _names("a (b.c) d", "(b.c)") and not _names("a (bxc) d", "(b.c)")

@@ -110,3 +110,13 @@ def test_the_search_stays_in_its_ball_stops_early_and_counts_steps():
 def test_a_bad_request_is_refused_with_its_name_and_the_reason(request_, reason):
     with pytest.raises(EditRefused, match=f"'x'.*{reason}"):
         locate.row(tiny("gpt2"), request_, target=True)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("prompt", ["{} was born in the city of", "The city of {}"])
+@pytest.mark.parametrize("blanks", [" ", "   "])
+def test_a_blank_at_the_prompts_end_is_not_a_second_one_before_the_target(family, prompt, blanks):
+    model = tiny(family)
+    plain = locate.row(model, EditRequest("x", prompt, "Anna", "Rome"), target=True)
+    assert locate.row(model, EditRequest("x", prompt + blanks, "Anna", "Rome"), target=True) == plain
+    assert locate.row(model, EditRequest("x", prompt + "\n", "Anna", "Rome"), target=True) != plain

@@ -260,8 +260,26 @@ def test_rledit_can_begin_with_the_network_of_malmen(tmp_path: Path) -> None:
         RlEdit(**TINY).train(model, CASES, tmp_path, settings=settings)
     begun = load_file(Malmen(**TINY).train(model, CASES, tmp_path, settings=QUICK))
     made = load_file(RlEdit(**TINY).train(model, CASES, tmp_path, settings=settings))
+    published = load_file(RlEdit(**TINY, published=True).train(model, CASES, tmp_path, settings=settings))
     learned = [k for k, t in begun.items() if t.dtype == torch.float32]
-    assert learned and all(torch.allclose(made[k], begun[k], atol=1e-7) for k in learned)
+    for taught in (made, published):
+        assert learned and all(torch.allclose(taught[k], begun[k], atol=1e-7) for k in learned)
+
+
+def test_a_lesson_whose_shift_is_not_finite_costs_its_update_only(tmp_path: Path, monkeypatch: Any) -> None:
+    real, calls = meta.Ridge, []
+
+    def ridge(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise ValueError("not finite numbers")
+        return real(*args)
+
+    monkeypatch.setattr(meta, "Ridge", ridge)
+    heard: list[Progress] = []
+    long = case(replace(ANNA, id="long", prompt="{}" + " was" * 80))
+    Malmen(**TINY).train(tiny("llama"), [*CASES, long], tmp_path, heard.append, {**QUICK, "steps": 6, "every": 6})
+    assert [(p.step, p.skipped, p.left_out) for p in heard] == [(6, 1, 1)]
 
 
 def test_training_makes_edits_better() -> None:

@@ -205,3 +205,25 @@ def test_what_does_not_belong_together_is_refused():
         _ready(model).edit(model, [ANNA])
     assert rule(model) == {"layer": 0, "layers": (1, 2), "site": "in", "radius": 0.5, "lr": 1e-3}
     assert isinstance(blocks, Blocks) and blocks.whole
+
+
+def test_steps_on_top_of_each_other_are_the_book_that_took_all_their_keys():
+    """Clusters found, joined, split and handed over: the same bits as one book that saw every key."""
+    generator = torch.Generator().manual_seed(0)
+    whole, worn, seen = Book.empty(), None, set()
+    for number in range(30):
+        key = torch.randn(2, generator=generator).mul(3).round()
+        labels = ((1,), (2, 3), (4, 5, 6))[number % 3]
+        step = Book.empty() if worn is None else worn.book
+        seen.add(step.take(key, labels, number, 1.0, 1e-3))
+        whole.take(key, labels, number, 1.0, 1e-3)
+        clusters, points = step.changed()
+        block = torch.full((1, 1, 1, 1), float(number))
+        made = Blocks.of("m", ["n"], clusters, points, block, block, 1.0, number)
+        worn = made if worn is None else made.after(worn)
+    assert seen == {"new", "joined", "split", "rewritten"}
+    blocks = torch.arange(30.0).reshape(30, 1, 1, 1)
+    every, points = dict(enumerate(whole.clusters)), dict(enumerate(whole.points))
+    wanted = Blocks.of("m", ["n"], every, points, blocks, blocks, 1.0, 0)
+    assert worn.fields() == wanted.fields()
+    assert all(torch.equal(t, worn.tensors()[k]) for k, t in wanted.tensors().items())

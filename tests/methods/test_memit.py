@@ -42,7 +42,7 @@ def _dense(ready, model, facts, s=None):
     settings, found = ready.settings, {}
     last = settings.layers[-1]
     z = spread.wanted(spread.values(model, facts, ready.contexts.texts, last, memit.search(settings)))
-    block = model.arch.block.format(last)
+    block = spread.gauge(model, last)
     for number, layer in enumerate(settings.layers):
         module = model.mlp_out(layer)
         worn = [patch.Dense(name, d.float()) for name, d in found.items()]

@@ -175,10 +175,13 @@ def test_training_sees_the_edit_that_editing_makes(trained):
     assert float(gradients.nll(batch, after)[0]) == pytest.approx(said["nll"], rel=1e-3)
 
 
-def test_a_case_that_cannot_be_learnt_from_is_named(tmp_path):
+def test_cases_that_cannot_be_learnt_from_are_left_out_and_told(tmp_path):
     bad = EditCase(EditRequest("long", "{}" + " born" * 80, "Anna", "Rome"), source="file, record 7")
+    heard = []
+    Mend(rank=4).train(tiny("gpt2"), [*CASES, bad], tmp_path, heard.append, {**HOW, "steps": 4})
+    assert [p.left_out for p in heard] == [1]
     with pytest.raises(ValueError, match="file, record 7"):
-        Mend(rank=4).train(tiny("gpt2"), [*CASES, bad], tmp_path)
+        Mend(rank=4).train(tiny("gpt2"), [bad, bad], tmp_path)
 
 
 def test_a_broken_model_refuses_the_edit(trained):

@@ -5,6 +5,7 @@ import torch
 
 from methods import nse
 from methods.nse import PRESETS, Nse
+from raysys import steps
 from raysys.patch import LowRank, wearing
 from raysys.types import EditRefused
 from tests.families import tiny
@@ -94,6 +95,18 @@ def test_a_model_that_is_too_far_from_the_value_is_said(corpus, tmp_path):
     model = tiny("gpt2")
     with pytest.raises(EditRefused, match=r"'anna'.*raise `far` or edit less"):
         Nse(**{**SETTINGS, "far": 1e-6}, corpus=corpus).prepare(model, tmp_path).edit(model, FACTS[:1])
+
+
+def test_of_a_batch_those_that_stay_too_far_are_refused_and_the_rest_is_written(corpus, tmp_path):
+    model = tiny("gpt2")
+    away = Nse(**SETTINGS, corpus=corpus).prepare(model, tmp_path).edit(model, FACTS[:2]).log["away"][0]
+    between, far_one = sum(away) / 2, max((0, 1), key=lambda i: away[i])
+    bounded = Nse(**{**SETTINGS, "far": between, "iterations": 2}, corpus=corpus).prepare(model, tmp_path)
+    with pytest.raises(EditRefused, match=rf"^edit '{FACTS[far_one].id}': .* {away[far_one]:.3g} away.*raise `far`"):
+        bounded.edit(model, FACTS[:2])
+    edit, refused = steps.make(bounded, model, FACTS[:2])
+    assert set(refused) == {FACTS[far_one].id}
+    assert edit.patches and all(p.rank == 1 for p in edit.patches)
 
 
 def test_presets_are_the_published_ones():

@@ -280,3 +280,43 @@ def test_scope_loss_is_binary_cross_entropy_by_hand():
                     groups["easy"].append(-(1 - s).log())
     wanted = sum(torch.stack(g).mean() for g in groups.values())
     assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-3)
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_a_question_too_long_for_the_small_model_loses_its_own_beginning_and_not_the_edits_text(long):
+    model = tiny("llama", max_position_embeddings=128)
+    method = prepared(model, threshold=0.0)  # everything is in scope
+    question = "The tower of Paris is " + "the " * (90 if long else 10) + "city of"
+    choose = [Choose("c", question, (" Rome", " baker pilot"), 0)]
+    generate = [Generate("g", question, (), "", 3)]
+    [worn] = stream(model, method, [ANNA])
+    with wearing(model, worn):
+        chosen, made = ask(model, choose)["c"], ask(model, generate)["g"]
+    text, net = model.encode(f"{ANNA.text} Rome"), method.nets.counterfactual
+    whole = model.encode(f"{ANNA.text} Rome {question}")
+    assert whole[: len(text)] == text
+    for scored, choice in zip(chosen.choices, (" Rome", " baker pilot"), strict=True):
+        _, tail = model.pair(question, choice)
+        room = 64 + 1 - len(model.pair(question, " baker pilot")[1])
+        head = text + whole[len(text) :][-(room - len(text)) :]
+        assert (len(head) < len(whole)) == long
+        with torch.no_grad():
+            logprobs = net(torch.tensor([head + tail])).logits[0].log_softmax(-1)
+        wanted = sum(float(logprobs[len(head) - 1 + j, t]) for j, t in enumerate(tail))
+        assert scored.logprob == pytest.approx(wanted, abs=1e-4)
+    ids = torch.tensor([text + whole[len(text) :][-(61 - len(text)) :]])
+    wanted = net.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=2)
+    assert made.text == model.decode(wanted[0, ids.shape[1] :])
+
+
+def test_scores_of_many_questions_are_those_of_each_alone():
+    entries, asked = torch.randn(50, 8) / 3, torch.randn(20, 8) / 3
+    apart = asked[:, None].double() - entries[None].double()
+    assert torch.equal(similarity(entries, asked), apart.square().sum(-1).neg().exp().float())
+
+
+def test_the_small_models_weights_are_not_hashed_for_every_edit(monkeypatch):
+    model = tiny("llama")
+    method = prepared(model)
+    monkeypatch.setattr("raysys.model._digest", lambda *_: pytest.fail("hashed"))
+    method.edit(model, [ANNA])

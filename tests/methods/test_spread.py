@@ -160,4 +160,6 @@ def test_a_solution_that_is_no_number_is_refused_by_name_and_the_model_left_alon
 
     with pytest.raises(EditRefused, match=r"'anna', 'dora', 'oslo': the change of transformer.h.1.mlp.c_proj"):
         spread.spread(model, FACTS, TEXTS, (0, 1), aims, solve)
+    with pytest.raises(EditRefused, match=r"raise `l2`$"):
+        spread.spread(model, FACTS, TEXTS, (0, 1), aims, solve, remedy="raise `l2`")
     assert all(torch.equal(before[k], v) for k, v in model.net.state_dict().items())

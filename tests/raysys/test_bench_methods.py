@@ -106,8 +106,8 @@ def test_a_stream_is_probed_at_once_and_at_its_end_and_leaves_the_base(llama: Mo
     assert all(torch.equal(v, before[k]) for k, v in llama.net.state_dict().items())
     assert (found.edits, len(found.refused), made) == (3, 1, [1, 2, 3])
     assert "has no tokens" in found.refused[0]
-    assert found.at_once["rewrite/greedy"] == 1.0
-    assert found.at_end["rewrite/greedy"] < 1.0  # the refused one counts
+    assert found.at_once["rewrite/greedy"] == pytest.approx(2 / 3)  # the refused one counts
+    assert found.at_end["rewrite/greedy"] < 1.0
     assert found.bytes == 3 * 32 * 48 * 4
     assert found.facts is None  # the model knew none
 
@@ -173,6 +173,50 @@ def test_the_commands_compare_and_tune_on_edits_of_a_file(tmp_path: Path, monkey
     assert tree["toml"].startswith('[[methods]]\nname = "ft_m"\nsteps = 2\n')
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["romme"], "Did you mean 'rome'?"),
+        (["rome", "--set", "rome.layr=1"], "Did you mean 'layer'?"),
+        (["rome", "--set", "rome.layer=soon"], "setting 'layer'"),
+        (["rome", "--set", "memit.batch=2"], "no method 'memit' is measured"),
+        (["ft_m", "--set", "fm.lr=2"], "Did you mean 'ft_m'?"),
+        (["ft_m+published"], "unknown setting 'published'"),
+    ],
+)
+def test_a_wrong_method_or_setting_is_refused_before_the_model_is_loaded(
+    given: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(Model, "load", lambda *_: pytest.fail("the model was loaded"))
+    done = CliRunner().invoke(cli.app, ["bench", "methods", *given])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert said in " ".join(done.stderr.split())
+
+
+def test_the_exit_code_says_that_a_method_could_not_be_measured(tmp_path: Path) -> None:
+    place = small.folder(tmp_path)
+    data = ["--model", str(place / "model"), "--dataset", "json", "--path", str(place / "edits.json"), "--count", "1"]
+    done = CliRunner().invoke(cli.app, ["bench", "methods", "ft_m", "--set", "ft_m.layers=[9]", *data])
+    assert done.exit_code == 1
+    assert "layer 9 is not in" in done.stdout
+
+
+def test_refused_edits_fail_and_a_dash_stands_where_there_is_no_rival(llama: Model) -> None:
+    refused = replace(BAD, probes=(*CASES[1].probes,))
+    alone = EditCase(CASES[0].request, tuple(replace(p, wrong=None) for p in CASES[0].probes))
+    [row] = bench_methods.rows(llama, [Wanted("ft_m", TUNED)], [alone, refused], sequence=False)
+    assert row.single is not None
+    shares = row.single["shares"]
+    assert (shares["rewrite/likelier"], shares["rewrite/greedy"], shares["paraphrase/likelier"]) == (0.0, 0.5, 0.0)
+    assert "neighbourhood/likelier" not in shares
+    text = StringIO()
+    Console(file=text, width=200).print(bench_methods.table([row], "two edits"))
+    shown = " ".join(text.getvalue().split())
+    assert "0/50" in shown and "–/" in shown
+    assert "1 refused edit: failed" in shown and "ft_m, single edits: refused 1 of 2" in shown
+
+
 # --- the search ------------------------------------------------------------------------------------------------------
 
 
@@ -221,6 +265,33 @@ def test_a_search_climbs_and_is_not_made_twice(llama: Model, tmp_path: Path) -> 
     assert (
         tuning.snippet("hill", {"power": 1.0}, {"layer": 2}) == '[[methods]]\nname = "hill"\npower = 1.0\nlayer = 2\n'
     )
+
+
+def test_a_breakdown_is_not_remembered_and_other_artifacts_are_another_search(
+    llama: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = f"{Hill.__module__}:Hill"
+    identity = Hill.identity
+
+    def search() -> list[tuning.Trial]:
+        return list(tuning.search(llama, path, {}, CASES, 3, cache=tmp_path))
+
+    def broken(self: Hill, model: Model, requests: Sequence[EditRequest], memory: Any = None) -> Edit:
+        if self.layer == 2:
+            raise RuntimeError("out of memory")
+        return Hill_edit(self, model, requests, memory)
+
+    Hill_edit = Hill.edit
+    with monkeypatch.context() as patched:
+        patched.setattr(Hill, "edit", broken)
+        assert [t.fault for t in search()][2] == "out of memory"
+    many = len(Hill.edits)
+    assert search()[2].score > 0
+    assert set(Hill.edits[many:]) == {2}
+    many = len(Hill.edits)
+    monkeypatch.setattr(Hill, "identity", lambda self: {**identity(self), "artifacts": {"editor": "trained anew"}})
+    search()
+    assert len(Hill.edits) > many
 
 
 def test_without_word_of_the_method_layers_rates_and_steps_are_tried(llama: Model) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from tests import compare
@@ -64,3 +69,39 @@ def test_the_study_behind_it_is_one_that_runs() -> None:
     assert [m.title for m in spec.methods] == list(compare.METHODS)
     assert spec.snapshots[-1] == 200
     assert len(spec.grid()) == 18
+
+
+class Scores:
+    """Stands for results: all of a study's scores, apart from what `lacks` leaves out."""
+
+    def __init__(self, lacks: Callable[[dict[str, Any]], bool]) -> None:
+        self.spec = compare.study(10, 10, 2, ["rome", "r_rome"], "runs")
+        self.lacks = lacks
+
+    def scores(self) -> pa.Table:
+        rows = [
+            {"query": f"q{i}", "metric": compare.METRICS[name], "value": 1.0, "method": method, "order": order,
+             "edits": edits, "benchmark": "probes" if name == "efficacy" else name}
+            for name, method, order, edits, i in product(compare.METRICS, ("rome", "r_rome"), (0, 1), (0, 10), range(3))
+        ]  # fmt: skip
+        return pa.Table.from_pylist([row for row in rows if not self.lacks(row)])
+
+    def failures(self) -> list[Any]:
+        return []
+
+
+def test_a_method_whose_items_differ_is_left_out_aloud(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert set(compare.measured(Scores(lambda row: False)).scores) == {"rome", "r_rome"}  # type: ignore[arg-type]
+
+    def lacks(row: dict[str, Any]) -> bool:
+        place = (row["method"], row["benchmark"], row["order"], row["edits"], row["query"])
+        return place == ("r_rome", "locality", 1, 10, "q2")
+
+    monkeypatch.setattr(compare, "run", lambda *_: Scores(lacks))
+    monkeypatch.setattr("sys.argv", ["compare", "--json"])
+    assert compare.main() == 1
+    said = capsys.readouterr()
+    assert said.err == "not compared: r_rome: locality: order 1 after 10 edits lacks items, or has others\n"
+    assert said.out == "[]\n"

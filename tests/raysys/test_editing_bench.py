@@ -56,5 +56,26 @@ def test_the_command_writes_json(monkeypatch, tmp_path):
     done = CliRunner().invoke(app, ["bench", "editing", "--quick", "--only", "kn", "--json", str(file)])
     assert done.exit_code == 0, done.output
     tree = json.loads(file.read_text())
-    assert [line["what"] for line in tree["lines"]] == ["KN, attribution"]
+    assert [line["what"] for line in tree["lines"]] == [editing_bench.KN]
     assert [cost["method"] for cost in tree["methods"]] == ["kn"]
+
+
+def test_the_line_of_kn_says_which_variant_it_measures(found):
+    assert "published" in editing_bench.KN and "published" in str(lines_table(found).caption)
+    assert lines_table([line for line in found if line.what != editing_bench.KN]).caption is None
+
+
+@pytest.mark.parametrize("given", [["rmoe"], ["--methods", "--only", "second moments"]])
+def test_a_name_that_nothing_has_is_a_mistake(given):
+    given = given if "--only" in given else ["--only", *given]
+    done = CliRunner().invoke(app, ["bench", "editing", "--quick", *given])
+    assert done.exit_code == 2 and "nothing has this name" in " ".join(done.stderr.split())
+
+
+def test_the_exit_code_says_that_the_sides_differ(monkeypatch):
+    lines = [Line("ROME", 6, 1, (1.0,), (8.0,), difference) for difference in (1e-6, 1e-2)]
+    monkeypatch.setattr(editing_bench, "lines", lambda *_: iter(lines))
+    monkeypatch.setattr(editing_costs, "costs", lambda *_: iter(()))
+    done = CliRunner().invoke(app, ["bench", "editing", "--quick"])
+    assert done.exit_code == 1 and "ROME by 1e-02" in done.stderr
+    assert "ROME" in done.stdout

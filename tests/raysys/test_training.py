@@ -56,7 +56,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-DATA = ("--dataset", "json", "--path", "edits.json")
+ALL = ("--dataset", "json", "--path", "edits.json")
+DATA = (*ALL, "--skip", "0")
 
 
 def test_an_editor_is_trained_told_about_and_found_again(here: Path, model_folder: Callable[[str], Path]) -> None:
@@ -112,6 +113,28 @@ def test_mistakes_are_named_with_the_way_out(here: Path, model_folder: Callable[
     assert "at least two are needed" in fails("malmen", folder, *SETTINGS, *DATA, "--count", "1")
 
 
+def test_the_records_that_studies_edit_are_not_trained_on_unless_asked(
+    here: Path, model_folder: Callable[[str], Path]
+) -> None:
+    assert "default: 1000" in " ".join(call("--help").stdout.replace("│", " ").split())
+    said = fails("malmen", model_folder("llama"), *SETTINGS, *ALL)
+    assert "after the first 1000 records" in said and "--skip" in said
+    record = json.loads((here / "edits.json").read_text())[0]
+    many = [{**record, "subject": f"Anna {i}"} for i in range(1003)]
+    (here / "edits.json").write_text(json.dumps(many))
+    assert "trained on 3 edits" in call("malmen", model_folder("llama"), *SETTINGS, *FEW, *ALL).stdout
+
+
+def test_a_study_in_bfloat16_is_told_how_to_train_its_editor(here: Path, model_folder: Callable[[str], Path]) -> None:
+    folder = model_folder("llama")
+    method, model = Malmen(layers=(1, 2), mlp="out", rank=4), Model.load(str(folder), "bfloat16")
+    call("malmen", folder, *SETTINGS, *FEW, *DATA)
+    with pytest.raises(ValueError, match=r"raysys train-editor malmen .* --dtype bfloat16`"):
+        method.prepare(model)
+    call("malmen", folder, *SETTINGS, *FEW, *DATA, "--dtype", "bfloat16")
+    assert method.prepare(model).identity()["artifacts"]["editor"]
+
+
 def test_two_editors_that_fit_are_a_warning_that_says_how_to_choose(
     here: Path, model_folder: Callable[[str], Path]
 ) -> None:
@@ -134,12 +157,13 @@ class Talking:
 
 
 def test_a_terminal_gets_a_bar_and_skipped_updates_are_told() -> None:
-    told = trainer.Progress(5, 10, {"loss": 1.0}, {"loss": 2.0}, 2.0, 3, 0.1)
+    told = trainer.Progress(5, 10, {"loss": 1.0}, {"loss": 2.0}, 2.0, 3, 0.1, 2)
     for terminal in (True, False):
         out = io.StringIO()
         console = Console(file=out, force_terminal=terminal, width=150)
         path, last = training.train(Talking(["made ready", told]), None, [], {}, None, console)  # type: ignore[arg-type]
         assert (path, last) == (Path("made"), "5 steps, best validation loss 2.0000")
+        assert "2 cases left out, too long" in out.getvalue()
         assert "made ready" in out.getvalue() and "3 updates skipped, not finite" in out.getvalue()
         assert ("━" in out.getvalue()) == terminal
 
