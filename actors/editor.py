@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from actors.machine import as_actor, describe, settle
-from methods import artifacts
+from methods.parts import artifacts
 from raysys import names, steps
 from raysys.files import write_json
 from raysys.journal import Entry, Journal, Stream, make_snapshot

@@ -1,9 +1,9 @@
 """Second moments over Ray Data: texts are tokenised by tasks, and summed by workers that hold the model; resumable.
 
-Texts come in the fixed parts of methods/moments.py. A part's sums are a file, named by what they were made from, before
-anyone hears of them; parts are added in their order, whoever made them and whenever. So the total has the same bits as
-the one made in a single process with as many threads on the same kind of hardware, and an interrupted pass goes on.
-On several machines the cache folder must be one that all of them see.
+Texts come in the fixed parts of methods/parts/moments.py. A part's sums are a file, named by what they were made from,
+before anyone hears of them; parts are added in their order, whoever made them and whenever. So the total has the same
+bits as the one made in a single process with as many threads on the same kind of hardware, and an interrupted pass
+goes on. On several machines the cache folder must be one that all of them see.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from actors.machine import settle
-from methods import artifacts, moments
-from methods.moments import Sums
+from methods.parts import artifacts, moments
+from methods.parts.moments import Sums
 from raysys.corpora import Corpus
 from raysys.files import content_hash, write_bytes
 from raysys.model import Model

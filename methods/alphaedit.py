@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from methods import artifacts, locate, memit, metric, presets, projectors, spread
+from methods import memit
+from methods.parts import artifacts, locate, metric, presets, projectors, spread
 from raysys.corpora import Corpus
 from raysys.model import Model
 from raysys.types import Edit, EditRequest

@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from methods import artifacts, locate, memit, metric, presets, spread
+from methods import memit
+from methods.parts import artifacts, locate, metric, presets, spread
 from raysys.corpora import Corpus
 from raysys.model import Model
 from raysys.types import Edit, EditRequest

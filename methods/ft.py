@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from methods import locate, presets
+from methods.parts import locate, presets
 from raysys.model import Model, Trunk
 from raysys.patch import Dense
 from raysys.types import Edit, EditRefused, EditRequest

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from methods import locate, passes, presets, recall
+from methods.parts import locate, passes, presets, recall
 from raysys.asking import Asking
 from raysys.model import Model
 from raysys.types import Edit, EditRefused, EditRequest

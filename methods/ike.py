@@ -22,10 +22,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from methods import editors, locate, presets, training
-from methods.encoder import Encoder, pretrained_encoder
-from methods.scope_nets import Nets, digest
-from methods.training import Note
+from methods.parts import editors, locate, presets, training
+from methods.parts.encoder import Encoder, pretrained_encoder
+from methods.parts.scope_nets import Nets, digest
+from methods.parts.training import Note
 from raysys.model import Model
 from raysys.types import Detour, Edit, EditCase, EditRequest
 
@@ -169,7 +169,7 @@ class Demonstrations:
     """The memory: `facts` (n), each with its subject, text, target and the demonstrations shown before it.
 
     how: settings of the choice; keys: (n, e) float32 embeddings of the edits' prompts; nets: (bytes,) uint8, the
-    encoder as a block of methods/scope_nets.py, empty where the edited model embeds and in later steps of a stream.
+    encoder as a block (methods/parts/scope_nets.py), empty where the edited model embeds and in a stream's later steps.
     """
 
     facts: Sequence[Mapping[str, str]]

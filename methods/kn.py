@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from methods import locate, passes, presets
+from methods.parts import locate, passes, presets
 from raysys.model import Model, Trunk, first
 from raysys.patch import LowRank
 from raysys.types import Edit, EditRefused, EditRequest

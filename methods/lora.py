@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from methods import locate, presets
+from methods.parts import locate, presets
 from raysys.model import Model
 from raysys.patch import LowRank, Wearer
 from raysys.types import Edit, EditRefused, EditRequest

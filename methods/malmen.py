@@ -14,10 +14,11 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 
-from methods import editors, gradients, hypernet, mend, meta, presets, training
-from methods.hypernet import HyperNet
-from methods.meta import Course, Tokens
-from methods.training import Training
+from methods import mend
+from methods.parts import editors, gradients, hypernet, meta, presets, training
+from methods.parts.hypernet import HyperNet
+from methods.parts.meta import Course, Tokens
+from methods.parts.training import Training
 from raysys.model import Model
 from raysys.types import Edit, EditCase, EditRefused, EditRequest
 

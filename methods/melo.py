@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from methods import locate, presets, recall
-from methods.clusters import Book, Cluster, Point
+from methods.parts import locate, presets, recall
+from methods.parts.clusters import Book, Cluster, Point
 from raysys.asking import Asking
 from raysys.model import Model
 from raysys.types import Edit, EditRefused, EditRequest

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from methods import artifacts, locate, metric, presets, spread
+from methods.parts import artifacts, locate, metric, presets, spread
 from raysys.corpora import Corpus
 from raysys.model import Model
 from raysys.types import Edit, EditRequest

@@ -17,11 +17,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from methods import editors, gradients, presets, training
-from methods.gradients import Labels, Trace
-from methods.hypernet import HyperNet, shapes
-from methods.mend_training import Course, Learner
-from methods.training import Note, Training
+from methods.parts import editors, gradients, presets, training
+from methods.parts.gradients import Labels, Trace
+from methods.parts.hypernet import HyperNet, shapes
+from methods.parts.mend_training import Course, Learner
+from methods.parts.training import Note, Training
 from raysys.model import Model
 from raysys.patch import LowRank
 from raysys.types import Edit, EditCase, EditRefused, EditRequest

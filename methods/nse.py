@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from methods import artifacts, memit, metric, presets, spread
+from methods import memit
+from methods.parts import artifacts, metric, presets, spread
 from raysys.corpora import Corpus
 from raysys.model import Model
 from raysys.types import Edit, EditRefused, EditRequest

@@ -2,7 +2,7 @@
 
 Li, Li, Song, Yang, Ma, Yu, "PMET: Precise Model Editing in a Transformer", AAAI 2024, arXiv:2308.08742, section 4 (the
 search for both, the update, its spreading by the square root of the layers that are left).
-The search is in methods/pmet_search.py. Where a setting is None, PRESETS (or the rule below it) has it.
+The search is in methods/parts/pmet_search.py. Where a setting is None, PRESETS (or the rule below it) has it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from methods import artifacts, locate, memit, metric, pmet_search, presets, spread
+from methods import memit
+from methods.parts import artifacts, locate, metric, pmet_search, presets, spread
 from raysys.corpora import Corpus
 from raysys.model import Model
 from raysys.types import Edit, EditRequest

@@ -17,7 +17,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from methods import locate, presets, rome
+from methods import rome
+from methods.parts import locate, presets
 from raysys.model import Model
 from raysys.types import Edit, EditRequest
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from methods import malmen, presets, training
+from methods import malmen
 from methods.malmen import PreparedMalmen
-from methods.meta import Tokens
+from methods.parts import presets, training
+from methods.parts.meta import Tokens
 from raysys.model import Model
 from raysys.types import EditCase
 

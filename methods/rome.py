@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from methods import artifacts, locate, presets
+from methods.parts import artifacts, locate, presets
 from raysys.corpora import Corpus
 from raysys.model import Model
 from raysys.patch import LowRank

@@ -2,7 +2,7 @@
 
 Mitchell, Lin, Bosselut, Manning, Finn, "Memory-Based Model Editing at Scale", ICML 2022, arXiv:2206.06520, section 3.1
 (eq. 4: the scope classifier chooses) and appendix (the classifier as exp(-|e(edit) - e(question)|²)); its training is
-in methods/serac_training.py. Where a setting is None, PRESETS (or the rule below it) has it.
+in methods/parts/serac_training.py. Where a setting is None, PRESETS (or the rule below it) has it.
 
 n = edits so far, e = width of the classifier's embeddings, V = vocabulary.
 """
@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from methods import editors, locate, presets, training
-from methods.scope_nets import Nets, digest
-from methods.serac_training import Course, Learner, loaded, untrained
-from methods.training import Note, Training
+from methods.parts import editors, locate, presets, training
+from methods.parts.scope_nets import Nets, digest
+from methods.parts.serac_training import Course, Learner, loaded, untrained
+from methods.parts.training import Note, Training
 from raysys.model import Model
 from raysys.tokens import Tokens
 from raysys.types import Detour, Edit, EditCase, EditRefused, EditRequest
@@ -127,7 +127,7 @@ class Serac:
 
 
 class PreparedSerac:
-    """SERAC with its trained networks (`block`, see methods/scope_nets.py)."""
+    """SERAC with its trained networks (`block`, see methods/parts/scope_nets.py)."""
 
     def __init__(self, *, settings: Serac, block: bytes, model: Model) -> None:
         self.settings = settings
@@ -172,8 +172,8 @@ class PreparedSerac:
 class Scope:
     """The memory: `texts` (n) with their embeddings `entries` (n, e) float32, and the networks.
 
-    nets: (bytes,) uint8, a block of methods/scope_nets.py; empty in all but a stream's first step. `last_only`: an edit
-    takes the place of those before it.
+    nets: (bytes,) uint8, a block of methods/parts/scope_nets.py; empty in all but a stream's first step.
+    `last_only`: an edit takes the place of those before it.
     """
 
     texts: Sequence[str]

@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from methods import alphaedit, presets, spread
+from methods import alphaedit
+from methods.parts import presets, spread
 from raysys.model import Model
 from raysys.types import Edit, EditRequest
 

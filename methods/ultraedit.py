@@ -18,10 +18,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from methods import gradients, locate, presets
-from methods.gradients import Batch, Labels, Trace
-from methods.hypernet import Stats, shapes
-from methods.ridge import Ridge
+from methods.parts import gradients, locate, presets
+from methods.parts.gradients import Batch, Labels, Trace
+from methods.parts.hypernet import Stats, shapes
+from methods.parts.ridge import Ridge
 from raysys.model import Model
 from raysys.patch import Dense, LowRank
 from raysys.types import Edit, EditRefused, EditRequest

@@ -2,7 +2,7 @@
 
 Wang et al., "WISE: Rethinking the Knowledge Memory for Lifelong Model Editing of Large Language Models", NeurIPS 2024,
 arXiv:2405.14768: eq. 5 (margins between what is in and out of an edit's scope), eq. 6 (the loss), section 2.3.2 (random
-subspaces, merged by TIES). What is worn, and the routing of eq. 4, stands in methods/sides.py.
+subspaces, merged by TIES). What is worn, and the routing of eq. 4, stands in methods/parts/sides.py.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from methods import artifacts, locate, presets, recall
-from methods.sides import Memory, SideMemory, activation, apart, packed, project, ties
+from methods.parts import artifacts, locate, presets, recall
+from methods.parts.sides import Memory, SideMemory, activation, apart, packed, project, ties
 from raysys.model import Model
 from raysys.types import Edit, EditRefused, EditRequest
 

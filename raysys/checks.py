@@ -9,7 +9,7 @@ from statistics import fmean
 
 import torch
 
-from methods import locate
+from methods.parts import locate
 from raysys.blocks import pack
 from raysys.model import Model
 from raysys.patch import LowRank, Wearer, wearing

@@ -175,7 +175,7 @@ def _line(what: str, wanted: float, edits: int, measured: tuple[list[Any], list[
 
 def _weights(setup: Setup, modules: Sequence[str]) -> list[Tensor]:
     """Second moments (d_in, d_in) float64 with their ridge, as both sides use them."""
-    from methods import artifacts
+    from methods.parts import artifacts
 
     found = artifacts.second_moments(setup.model, modules, setup.corpus, setup.cache)
     matrices = [found[m].matrix for m in modules]
@@ -288,7 +288,7 @@ def _grace(setup: Setup) -> Line:
 
 
 def _moments(setup: Setup) -> Line:
-    from methods import moments
+    from methods.parts import moments
 
     model = setup.model
     five = range(4, 9) if model.layers > 9 else setup.layers  # as published for models of 7 billion parameters

@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 
 from actors.cluster import cluster, wait_for
 from actors.statistics import Workers
-from methods import artifacts
-from methods.moments import Sums
+from methods.parts import artifacts
+from methods.parts.moments import Sums
 from raysys import names
 from raysys.corpora import Corpus
 from raysys.model import Model

@@ -117,7 +117,7 @@ class _Run:
     ) -> None:  # fmt: skip
         self.model, self.name, self.settings, self.cases, self.left = model, name, settings, cases, trials
         self.cache, self.tell, self.number = cache, tell, 0
-        from methods import artifacts
+        from methods.parts import artifacts
 
         self.method, ready = self.built({})
         self.identity = ready.identity()

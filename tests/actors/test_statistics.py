@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from actors.editor import PREPARING, Editor, Job
 from actors.statistics import Workers
-from methods import artifacts, moments
+from methods.parts import artifacts, moments
 from raysys import cli, study
 from raysys.corpora import Corpus
 from raysys.model import Model

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from methods import gradients
-from methods.hypernet import HyperNet, Stats, shapes
 from methods.mend import Mend, PreparedMend
+from methods.parts import gradients
+from methods.parts.hypernet import HyperNet, Stats, shapes
 from methods.ultraedit import PreparedUltraEdit, UltraEdit
 from raysys.model import Model
 from raysys.patch import Dense, LowRank, Wearer, merge

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from methods.artifacts import Contexts, Moment
+from methods.parts.artifacts import Contexts, Moment
 from methods.rome import PreparedRome, Rome
 from raysys.types import Edit
 from tests.golden import searches

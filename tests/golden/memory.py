@@ -12,10 +12,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from methods import gradients
-from methods.artifacts import Contexts
 from methods.grace import Codebook, Grace, PreparedGrace, Tail
-from methods.sides import Memory
+from methods.parts import gradients
+from methods.parts.artifacts import Contexts
+from methods.parts.sides import Memory
 from methods.wise import Lesson, PreparedWise, SideMemory, Wise
 from raysys.asking import Asking
 from raysys.types import Edit

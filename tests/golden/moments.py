@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from safetensors.torch import load_file
 
-from methods.artifacts import second_moment
+from methods.parts.artifacts import second_moment
 from raysys.corpora import Corpus
 from raysys.model import Model
 from tests.golden.common import Line, error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Literal
 
-from methods.artifacts import Contexts, Moment
+from methods.parts.artifacts import Contexts, Moment
 from methods.r_rome import PreparedRRome, RRome
 from methods.rome import PreparedRome, Rome
 from raysys.types import Edit

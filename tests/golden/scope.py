@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from methods.encoder import Encoder
-from methods.scope_nets import Nets
+from methods.parts.encoder import Encoder
+from methods.parts.scope_nets import Nets
 from methods.serac import PreparedSerac, Scope, Serac, mixture
 from raysys.model import Model
 from raysys.patch import Wearer, merge

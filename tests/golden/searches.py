@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from methods import locate, passes, pmet_search
+from methods.parts import locate, passes, pmet_search
 from methods.rome import Keys
 from tests.golden.common import Case, Line, error
 

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from methods.alphaedit import AlphaEdit, PreparedAlphaEdit
-from methods.artifacts import Contexts, Moment
 from methods.emmet import Emmet, PreparedEmmet
 from methods.memit import Memit, PreparedMemit
+from methods.parts.artifacts import Contexts, Moment
+from methods.parts.projectors import NullSpace, cut
+from methods.parts.spread import Spread, edit
 from methods.pmet import Pmet, PreparedPmet, modules
-from methods.projectors import NullSpace, cut
-from methods.spread import Spread, edit
 from raysys.patch import LowRank
 from raysys.types import Edit
 from tests.golden import searches

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from methods import spread
+from methods.parts import spread
 
 TEXT = "Anna was born in Rome .\nThe Eiffel tower is in Paris .\nOslo is the capital of Norway and Lima of Peru .\n"
 

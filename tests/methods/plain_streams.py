@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from methods import meta
-from methods.hypernet import HyperNet
-from methods.meta import Course
+from methods.parts import meta
+from methods.parts.hypernet import HyperNet
+from methods.parts.meta import Course
 from raysys.model import Model
 from raysys.types import EditCase, EditRequest
 

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from methods import projectors
 from methods.alphaedit import PRESETS, AlphaEdit
-from methods.artifacts import Moment
+from methods.parts import projectors
+from methods.parts.artifacts import Moment
 from raysys import patch
 from raysys.types import EditRequest, remembered
 from tests.families import tiny

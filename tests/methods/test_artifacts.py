@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from methods import artifacts, moments
+from methods.parts import artifacts, moments
 from methods.rome import cholesky
 from raysys.corpora import Corpus
 from raysys.tokens import Tokens

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from methods import locate
 from methods.encore import PRESETS, Encore
+from methods.parts import locate
 from raysys.model import Model
 from raysys.types import EditRequest
 from tests.families import tiny

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from methods import locate
 from methods.ft import FtL, FtM
+from methods.parts import locate
 from raysys import patch
 from raysys.types import EditRefused, EditRequest
 from tests.families import tiny

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from methods import grace, locate, recall
+from methods import grace
 from methods.grace import PRESETS, Codebook, Grace, Tail, rule
+from methods.parts import locate, recall
 from raysys import patch
 from raysys.asking import Asking
 from raysys.blocks import pack

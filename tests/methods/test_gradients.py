@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from methods import gradients
+from methods.parts import gradients
 from raysys.types import EditRefused, EditRequest
 from tests.families import SIZES, tiny
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from methods import editors, gradients, training
-from methods.gradients import Trace
-from methods.hypernet import HyperNet, Stats, shapes
-from methods.training import Training, order, split
+from methods.parts import editors, gradients, training
+from methods.parts.gradients import Trace
+from methods.parts.hypernet import HyperNet, Stats, shapes
+from methods.parts.training import Training, order, split
 from raysys.types import EditRefused
 from tests.families import tiny
 

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from methods.encoder import Encoder, own_encoder
 from methods.ike import END, PAPER_LAYOUT, Demonstrations, Ike, PreparedIke, _names, demonstrations, put
+from methods.parts.encoder import Encoder, own_encoder
 from raysys.blocks import pack
 from raysys.patch import Wearer, merge, wearing
 from raysys.scoring import Engine

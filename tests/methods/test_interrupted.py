@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from methods import metric
-from methods.hypernet import HyperNet
+from methods.parts import metric
+from methods.parts.hypernet import HyperNet
 from raysys import names
 from raysys.model import Model
 from raysys.patch import LowRank, wearing

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from methods import locate, spread
 from methods.alphaedit import AlphaEdit
 from methods.emmet import Emmet
 from methods.encore import Encore
 from methods.memit import Memit
 from methods.nse import Nse
+from methods.parts import locate, spread
 from methods.sphere import Sphere
 from raysys.patch import wearing
 from tests.families import tiny

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from methods import locate
+from methods.parts import locate
 from raysys.types import EditRefused, EditRequest
 from tests.families import SIZES, tiny
 

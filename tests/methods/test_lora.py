@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from methods import locate
 from methods.lora import Adapter, Lora
+from methods.parts import locate
 from raysys.model import Model
 from raysys.patch import Wearer, merge, wearing
 from raysys.snapshot import read, write

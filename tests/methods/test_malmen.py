@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.edits import World
-from methods import malmen, meta
-from methods.hypernet import HyperNet, shapes
+from methods import malmen
 from methods.malmen import Malmen
-from methods.meta import Course, Learner
+from methods.parts import meta
+from methods.parts.hypernet import HyperNet, shapes
+from methods.parts.meta import Course, Learner
+from methods.parts.training import Progress
 from methods.rledit import RlEdit
-from methods.training import Progress
 from raysys import checks
 from raysys.model import Model
 from raysys.patch import Dense, LowRank, wearing

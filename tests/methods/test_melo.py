@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from methods import locate
-from methods.clusters import Book
 from methods.melo import Blocks, Melo, rule
+from methods.parts import locate
+from methods.parts.clusters import Book
 from raysys.blocks import pack
 from raysys.patch import merge, rebuild, wearing
 from raysys.scoring import Engine

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from methods import memit, spread
+from methods import memit
 from methods.memit import PRESETS, Memit
+from methods.parts import spread
 from raysys import patch
 from raysys.types import EditRefused, EditRequest, remembered
 from tests.families import tiny

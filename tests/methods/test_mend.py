@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from methods import gradients
 from methods.mend import PRESETS, Mend, rule
-from methods.mend_training import Course, Learner
+from methods.parts import gradients
+from methods.parts.mend_training import Course, Learner
 from raysys import patch
 from raysys.model import Model
 from raysys.types import EditCase, EditRefused, EditRequest, Probe, remembered

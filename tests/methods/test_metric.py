@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from methods import metric
+from methods.parts import metric
 
 D = 40
 

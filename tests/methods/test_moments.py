@@ -2,7 +2,7 @@
 
 import torch
 
-from methods import moments
+from methods.parts import moments
 from tests.families import tiny
 from tests.plain import moments as plain
 

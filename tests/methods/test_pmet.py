@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from methods import locate, pmet_search
+from methods.parts import locate, pmet_search
 from methods.pmet import PRESETS, Pmet, modules
 from raysys.types import EditRefused, EditRequest
 from tests.families import SIZES, tiny

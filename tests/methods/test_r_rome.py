@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from methods import locate
+from methods.parts import locate
 from methods.r_rome import PRESETS, RRome
 from methods.rome import Rome
 from raysys.patch import wearing

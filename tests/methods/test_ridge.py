@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from methods.ridge import Ridge
+from methods.parts.ridge import Ridge
 from raysys.patch import Dense, LowRank
 
 SIZES = [(3, 8, 5), (40, 8, 5), (8, 8, 8)]  # tokens, d_in, d_out

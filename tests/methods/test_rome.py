@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from methods import locate, presets
+from methods.parts import locate, presets
 from methods.rome import PRESETS, Rome
 from raysys import patch
 from raysys.model import Model

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import DistilBertConfig, DistilBertModel, LlamaConfig, LlamaForCausalLM
 
-from methods import editors, serac_training
-from methods.encoder import Encoder
-from methods.scope_nets import Nets
+from methods.parts import editors, serac_training
+from methods.parts.encoder import Encoder
+from methods.parts.scope_nets import Nets
 from methods.serac import PreparedSerac, Scope, Serac, mixture, similarity
 from raysys.blocks import pack
 from raysys.model import Model

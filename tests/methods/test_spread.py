@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from methods import locate, spread
+from methods.parts import locate, spread
 from raysys import patch
 from raysys.types import EditRefused, EditRequest
 from tests.families import SIZES, tiny

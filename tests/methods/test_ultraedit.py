@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from methods import gradients
-from methods.hypernet import Stats
+from methods.parts import gradients
+from methods.parts.hypernet import Stats
 from methods.ultraedit import UltraEdit
 from raysys import patch
 from raysys.types import EditRequest, remembered

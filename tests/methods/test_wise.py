@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from methods import locate, recall
-from methods.sides import Memory, SideMemory, activation, packed, project, ties
+from methods.parts import locate, recall
+from methods.parts.sides import Memory, SideMemory, activation, packed, project, ties
 from methods.wise import Lesson, Wise, rule
 from raysys.blocks import pack
 from raysys.patch import merge, rebuild, wearing

@@ -6,8 +6,8 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from methods import locate
 from methods.ft import FtM
+from methods.parts import locate
 from methods.rome import Rome
 from raysys import checks
 from raysys.tables import singles_table, singles_tree

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from methods import training as trainer
 from methods.malmen import Malmen
+from methods.parts import training as trainer
 from raysys import cli, training
 from raysys.model import Model
 from raysys.types import EditRequest

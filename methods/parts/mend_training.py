@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from methods import gradients, locate
-from methods.gradients import Batch, Extra, Labels, Trace
-from methods.hypernet import HyperNet
+from methods.parts import gradients, locate
+from methods.parts.gradients import Batch, Extra, Labels, Trace
+from methods.parts.hypernet import HyperNet
 from raysys.model import Model
 from raysys.types import EditCase, EditRefused, EditRequest
 
@@ -43,7 +43,7 @@ class _Lesson:
 
 
 class Learner:
-    """MEND's network on training cases, for methods/training.py; each case is an edit of the model as it came."""
+    """MEND's network on training cases, for methods/parts/training.py; each case is an edit of the model as it came."""
 
     def __init__(
         self, model: Model, net: HyperNet, cases: Sequence[EditCase], course: Course, labels: Labels = "suffix"

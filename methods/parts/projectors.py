@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from methods import artifacts
+from methods.parts import artifacts
 from raysys.model import Model
 
 

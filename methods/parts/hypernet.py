@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from methods.gradients import Trace
+from methods.parts.gradients import Trace
 from raysys.model import Model
 
 EPSILON = 1e-7  # added to every standard deviation

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from methods import locate
+from methods.parts import locate
 from raysys.model import Model, Trunk
 from raysys.types import EditRefused, EditRequest
 

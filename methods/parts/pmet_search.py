@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from methods import locate, passes
-from methods.locate import Row
+from methods.parts import locate, passes
+from methods.parts.locate import Row
 from raysys.model import Model
 from raysys.types import EditRefused, EditRequest
 

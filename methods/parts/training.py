@@ -18,9 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from methods import editors
-from methods.artifacts import folder
-from methods.hypernet import HyperNet
+from methods.parts import editors
+from methods.parts.artifacts import folder
+from methods.parts.hypernet import HyperNet
 from raysys import names
 from raysys.types import EditRefused
 

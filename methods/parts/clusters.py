@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from methods import recall
+from methods.parts import recall
 
 SPLIT = 1e-5  # by which the older of two conflicting clusters gets less than half their distance, the newer one more
 

@@ -20,10 +20,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from methods import gradients, locate
-from methods.gradients import Batch, Trace
-from methods.hypernet import HyperNet
-from methods.ridge import Ridge, Shift
+from methods.parts import gradients, locate
+from methods.parts.gradients import Batch, Trace
+from methods.parts.hypernet import HyperNet
+from methods.parts.ridge import Ridge, Shift
 from raysys.model import Model, Trunk
 from raysys.types import EditCase, EditRefused, EditRequest
 
@@ -148,7 +148,7 @@ def _chunks(trace: Trace, chunk: int) -> Iterator[Trace]:
 
 
 class Learner:
-    """What methods/training.py trains: each call of `learn` runs streams of `length` shifts of `edits` cases each."""
+    """What parts/training.py trains: each call of `learn` runs streams of `length` shifts of `edits` cases each."""
 
     def __init__(
         self,

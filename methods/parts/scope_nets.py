@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from methods.encoder import Encoder, Pooling
+from methods.parts.encoder import Encoder, Pooling
 from raysys.loading import canonical_config
 from raysys.model import Model
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from methods import moments
+from methods.parts import moments
 from raysys.corpora import Corpus
 from raysys.model import Model
 
@@ -71,7 +71,7 @@ def second_moments(
 ) -> dict[str, Moment]:
     """`second_moment` of each of `modules`: those that the cache lacks are taken from one pass over the corpus.
 
-    Who makes the sums can be chosen (see `making`); the bits are the same (methods/moments.py).
+    Who makes the sums can be chosen (see `making`); the bits are the same (methods/parts/moments.py).
     """
     length = moments.longest(model.tokens)
     recipes = {m: {"module": m, "corpus": corpus.digest, "length": length} for m in modules}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from methods.passes import fused
+from methods.parts.passes import fused
 from raysys.model import Model
 from raysys.tokens import Tokens
 

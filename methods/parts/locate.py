@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from methods.passes import Batch, Labels, fused
-from methods.passes import Row as Row  # the type of what this module makes
-from methods.passes import Site as Site
+from methods.parts.passes import Batch, Labels, fused
+from methods.parts.passes import Row as Row  # the type of what this module makes
+from methods.parts.passes import Site as Site
 from raysys.model import Model
 from raysys.types import EditRefused, EditRequest
 

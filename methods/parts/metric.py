@@ -5,7 +5,7 @@ A = L⁻ᵀ Ũ (λI + ŨᵀŨ)⁻¹ with Ũ = [S̃, K̃], its last n columns; th
 part of the small system factorised as it grows. An edit costs triangular solves and not an inverse, and nothing of S̃
 is copied for it.
 
-A `Space` is the way keys are seen: `Whitened` by C, here, or cut to its null space (methods/projectors.py).
+A `Space` is the way keys are seen: `Whitened` by C, here, or cut to its null space (methods/parts/projectors.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from methods import artifacts, spread
+from methods.parts import artifacts, spread
 from methods.rome import cholesky
 from raysys.model import Model
 

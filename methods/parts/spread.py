@@ -6,7 +6,7 @@ subjects' last tokens, what the last layer still misses of its wanted value is m
 written into this layer's matrix.
 
 A method built on this: `values` (what the last layer should give), then `spread` with its own `Solve`; or, where the
-order of things is another one, a `Course` by hand; then `edit`. How a matrix takes keys is in methods/metric.py.
+order of things is another one, a `Course` by hand; then `edit`. How a matrix takes keys is in methods/parts/metric.py.
 
 Where the MLP's output joins the residual stream as it is, "what the last layer gives" is what its block gives. Where a
 norm lies between (Gemma 2, OPT-350m), a change of the matrix does not move the block's output by what it adds, and what
@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from methods import locate
+from methods.parts import locate
 from raysys.asking import Asking
 from raysys.model import Model, first
 from raysys.patch import LowRank

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from methods import locate
+from methods.parts import locate
 from raysys.model import Model
 from raysys.types import EditRequest
 

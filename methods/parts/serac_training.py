@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from methods.encoder import Encoder, own_encoder, pretrained_encoder
-from methods.scope_nets import Nets
+from methods.parts.encoder import Encoder, own_encoder, pretrained_encoder
+from methods.parts.scope_nets import Nets
 from raysys.loading import load
 from raysys.model import Model
 from raysys.types import EditCase
@@ -243,7 +243,7 @@ class Networks(nn.Module):
 
 
 class Learner:
-    """What methods/training.py trains: an example is drawn for every case of a step, others in its likeness."""
+    """What methods/parts/training.py trains: an example is drawn for every case of a step, others in its likeness."""
 
     def __init__(
         self, model: Model, nets: Nets, cases: Sequence[EditCase], used: Sequence[int], swap: float, seed: int

@@ -1,0 +1,1 @@
+"""What methods share: tokens and keys, searches, artifacts, presets, gradients, training."""
