@@ -1,7 +1,7 @@
 """A random network with the shape of GPT-2 small, a tokenizer made in memory, and facts: what editing is timed on.
 
-What an edit costs depends on shapes and lengths alone, so neither weights nor text need be real. Prompts have about ten
-tokens, targets two to four, documents some hundred.
+What an edit costs depends on shapes and lengths alone, so neither weights nor text need be real. Prompts have about eight
+tokens and targets one, as in CounterFact; documents have some hundred.
 """
 
 from __future__ import annotations
@@ -83,22 +83,24 @@ def tokenizer(context: int) -> Any:
 
 
 def requests(count: int, seed: int = 0) -> list[EditRequest]:
-    """Facts: three to six words, a subject of three to five, one or two words; answers of two to four.
+    """Facts as long as those of CounterFact are in GPT-2's tokens: four in five begin with their subject, others have
+    three words before it; subjects of two to six (4.2 on average), then one to five (3.1), answers of one.
 
-    What a search runs again and again lies between the subject and the answer's end. In CounterFact more words follow
-    the subject, but most answers are one token long.
+    What a search runs again and again lies between the subject's last token and the answer's end.
     """
     drawn = random.Random(seed)
     made = words()
 
-    def some(least: int, most: int) -> str:
-        rest = drawn.choices(made, k=drawn.randint(least, most) - 1)
+    def some(*lengths: int) -> str:
+        rest = drawn.choices(made, k=drawn.choice(lengths) - 1)
         return " ".join([drawn.choice(made[:PLAIN]), *rest])
 
-    return [
-        EditRequest(f"bench/{i}", f"{some(3, 6)} {{}} {some(1, 2)}", some(3, 5), some(2, 4), some(2, 4))
-        for i in range(count)
-    ]
+    def fact(number: int) -> EditRequest:
+        before = f"{some(3)} " if drawn.random() < 0.2 else ""
+        subject, after = some(2, 3, 3, 4, 4, 4, 5, 5, 6, 6), some(1, 2, 2, 3, 3, 3, 4, 4, 4, 5)
+        return EditRequest(f"bench/{number}", f"{before}{{}} {after}", subject, some(1), some(1))
+
+    return [fact(i) for i in range(count)]
 
 
 def documents(count: int, seed: int = 0) -> list[str]:
