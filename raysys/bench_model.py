@@ -1,7 +1,7 @@
 """A random network with the shape of GPT-2 small, a tokenizer made in memory, and facts: what editing is timed on.
 
-What an edit costs depends on shapes and lengths alone, so neither weights nor text need be real. Prompts have about eight
-tokens and targets one, as in CounterFact; documents have some hundred.
+What an edit costs depends on shapes and lengths alone, so neither weights nor text need be real. Prompts have about
+eight tokens and answers one, as in CounterFact; documents have some hundred.
 """
 
 from __future__ import annotations

@@ -173,6 +173,8 @@ class StudySpec(_Part):
         if isinstance(edits, dict) and isinstance(edits.get("dataset", "world"), str):
             settings = {k: v for k, v in edits.items() if k not in EditsSpec.model_fields}
             faults += _component(names.dataset, edits.get("dataset", "world"), settings, f"{where}: edits")
+        if spec is not None and not faults:
+            faults += _inside_batches(spec, where)
         if faults or spec is None:
             raise SpecError("\n".join(faults))
         return spec
@@ -206,6 +208,20 @@ def _component(find: Any, name: str, settings: dict[str, Any], where: str) -> li
         text = str(error)
         return [text if text.startswith(where) else f"{where}: {text}"]
     return []
+
+
+def _inside_batches(spec: StudySpec, where: str) -> list[str]:
+    """Snapshots that a method can't give, since it makes several edits at a time."""
+    faults = []
+    for number, method in enumerate(spec.methods):
+        batch = getattr(names.build(names.method(method.name), method.settings, method.name), "batch", 1)
+        inside = [n for n in spec.snapshots if batch > 1 and n % batch and n < spec.edits.count]
+        if inside:
+            faults.append(
+                f"{where}: methods[{number}] {method.name} makes {batch} edits at a time, so there is no snapshot "
+                f"after {', '.join(map(str, inside))}; choose multiples of {batch}, or a smaller batch"
+            )
+    return faults
 
 
 def _fault(where: str, fault: dict[str, Any], cls: type[BaseModel]) -> str:

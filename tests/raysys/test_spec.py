@@ -98,3 +98,13 @@ def test_a_spec_survives_json() -> None:
     again = StudySpec.check(spec.model_dump(mode="json"))
     assert again.identity == spec.identity
     assert again.hash == spec.hash
+
+
+def test_a_snapshot_inside_a_batch_is_told_before_anything_runs() -> None:
+    study = {
+        "name": "s", "snapshots": [0, 2, 4, 7], "edits": {"count": 7}, "methods": [{"name": "memit", "batch": 4}],
+        "benchmarks": [{"name": "mmlu"}],
+    }  # fmt: skip
+    with pytest.raises(SpecError, match=r"methods\[0\] memit makes 4 edits at a time.* after 2; choose multiples of 4"):
+        StudySpec.check(study)
+    StudySpec.check(study | {"snapshots": [0, 4, 7]})
