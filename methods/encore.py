@@ -98,7 +98,7 @@ class Encore:
         taken = artifacts.second_moments(model, modules, Corpus(s.corpus, s.documents), cache)
         floor = s.norm_weight / s.weight  # λC + μI = λ(C + floor · I)
         spaces = metric.whitened(model, {m: _raised(taken[m], floor) for m in modules}, 0.0, REMEDY)
-        made_from = {"contexts": sampled.digest, **{f"second_moment.{m}": k.digest for m, k in taken.items()}}
+        made_from = artifacts.hashes(sampled, taken)
         return PreparedEncore(settings=s, contexts=sampled, spaces=spaces, made_from=made_from)
 
 

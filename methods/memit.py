@@ -129,7 +129,7 @@ class PreparedMemit:
     ) -> PreparedMemit:
         """From `settings` without None, and a second moment for each edited module. Raises ValueError."""
         spaces = metric.whitened(model, moments, settings.ridge)
-        made_from = {"contexts": contexts.digest, **{f"second_moment.{m}": k.digest for m, k in moments.items()}}
+        made_from = artifacts.hashes(contexts, moments)
         return cls(settings=settings, contexts=contexts, spaces=spaces, made_from=made_from)
 
     def identity(self) -> dict[str, Any]:

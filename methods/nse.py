@@ -103,7 +103,7 @@ class Nse:
         modules = [model.mlp_out(layer) for layer in s.layers]
         taken = artifacts.second_moments(model, modules, Corpus(s.corpus, s.documents), cache)
         spaces = metric.whitened(model, taken, s.ridge)
-        made_from = {"contexts": sampled.digest, **{f"second_moment.{m}": k.digest for m, k in taken.items()}}
+        made_from = artifacts.hashes(sampled, taken)
         base = {m: model.matrix(f"{m}.weight").detach().clone() for m in modules}
         return PreparedNse(settings=s, contexts=sampled, spaces=spaces, made_from=made_from, base=base)
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from methods.rect import summed, wrapped, writes_weights, written
+from methods.parts.wrapping import summed, wrapped, writes_weights, written
 from raysys import names
 from raysys.model import Model
 from raysys.patch import Dense, LowRank

@@ -52,6 +52,11 @@ class Contexts:
     digest: str
 
 
+def hashes(contexts: Contexts, moments: Mapping[str, Moment]) -> dict[str, str]:
+    """What a method with sampled contexts and second moments (by module) was made from, for its identity."""
+    return {"contexts": contexts.digest, **{f"second_moment.{m}": k.digest for m, k in moments.items()}}
+
+
 def folder(cache: Path | str | None = None) -> Path:
     """The cache folder: `cache`, else $RAYSYS_CACHE, else ~/.cache/raysys."""
     return Path(cache or os.environ.get("RAYSYS_CACHE") or Path.home() / ".cache" / "raysys").expanduser()
@@ -214,7 +219,7 @@ def _kept(model: Model, kind: str, recipe: Mapping[str, Any], cache: Path | None
         raise ValueError(f"artifact {path} can't be read ({error}); {way_out}") from error
     if said.get("origin") != origin:
         raise ValueError(f"artifact {path} was made from something else ({said.get('origin')}); {way_out}")
-    digest = _content(tensors)
+    digest = content(tensors)
     if said.get("digest") != digest:
         raise ValueError(f"artifact {path} was changed after it was written; {way_out}")
     return _Kept(tensors, digest)
@@ -224,7 +229,7 @@ def _keep(model: Model, kind: str, recipe: Mapping[str, Any], tensors: dict[str,
     """Write the artifact, whole or not at all; when two processes do so, one of them wins and both are right."""
     origin = _origin(model, kind, recipe)
     path = _path(origin, kind, cache)
-    digest = _content(tensors)
+    digest = content(tensors)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(suffix=".partial", dir=path.parent)
@@ -242,7 +247,8 @@ def _keep(model: Model, kind: str, recipe: Mapping[str, Any], tensors: dict[str,
     return _Kept(tensors, digest)
 
 
-def _content(tensors: Mapping[str, Tensor]) -> str:
+def content(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) of named tensors: names, types, shapes, bytes."""
     sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

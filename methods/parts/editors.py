@@ -20,8 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from methods.parts.artifacts import _content as content
-from methods.parts.artifacts import folder
+from methods.parts.artifacts import content, folder
 from raysys.loading import WORLD
 from raysys.model import Model
 from raysys.types import EditCase
