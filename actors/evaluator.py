@@ -98,6 +98,7 @@ class Evaluator:
         self.wearing = None  # should wearing fail half-way
         self.engine.forget()
         self.wearer.wear(snapshot.patches)
+        self.engine.wears(snapshot.patches)
         self.wearing = snapshot.id
 
     def _block(self, task: Task) -> Block:
