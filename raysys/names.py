@@ -42,6 +42,10 @@ METHODS = {
 BENCHMARKS = {
     "mmlu": "benchmarks.mmlu:Mmlu",
     "gsm8k": "benchmarks.gsm8k:Gsm8k",
+    "commonsense_qa": "benchmarks.commonsense_qa:CommonsenseQa",
+    "trivia_qa": "benchmarks.trivia_qa:TriviaQa",
+    "truthful_qa": "benchmarks.truthful_qa:TruthfulQa",
+    "toxigen": "benchmarks.toxigen:Toxigen",
     "probes": "benchmarks.probes:Probes",
     "locality": "benchmarks.probes:Locality",
 }

@@ -11,7 +11,8 @@ from benchmarks.edits import World, select
 from raysys import names
 from raysys.types import Answer, Choose, Chosen, Generate, Generated, Query, Scored
 
-SETTINGS: dict[str, dict[str, Any]] = {"mmlu": {"limit": 20}, "gsm8k": {"limit": 20}, "locality": {"limit": 20}}
+LIMITED = ("mmlu", "gsm8k", "commonsense_qa", "trivia_qa", "truthful_qa", "toxigen", "locality")
+SETTINGS: dict[str, dict[str, Any]] = {name: {"limit": 20} for name in LIMITED}
 
 
 def build(name: str) -> Any:
@@ -32,7 +33,8 @@ def asked(request: pytest.FixtureRequest) -> tuple[str, list[Query]]:
 def answers(query: Query) -> list[Answer]:
     """A right and a wrong answer, one with nothing in it, and one from a model that has collapsed."""
     if isinstance(query, Generate):
-        texts = (f" {query.gold}", " something else", "", "\ufffd\x00 ####")
+        gold = query.gold[0] if isinstance(query.gold, list) else query.gold  # aliases: any of them
+        texts = (f" {gold}", " something else", "", "\ufffd\x00 ####")
         return [Generated(text, len(text)) for text in texts]
     best = [Scored(-1.0 if i == query.gold else -2.0, 2, 1) for i in range(len(query.choices))]
     nan = [Scored(float("nan"), 2, 0) for _ in query.choices]
