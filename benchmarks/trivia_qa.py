@@ -67,7 +67,7 @@ class TriviaQa:
         fixed = self.fixed_shots or self.protocol == "paper"
         shared = "".join(map(example, common.first(pool, self.shots, where))) if fixed else ""
         shown = [()] * len(asked) if fixed else common.drawn(pool, asked, self.shots, where)
-        protocol = "fixed shots" if self.fixed_shots else self.protocol
+        protocol = "fixed shots" if self.fixed_shots and self.protocol == "harness" else self.protocol
         part = {"fixed shots": "fixed/", "paper": "paper/"}.get(protocol, "")
         for number, (row, rows) in enumerate(zip(asked, shown, strict=True)):
             yield Generate(

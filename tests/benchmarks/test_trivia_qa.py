@@ -75,6 +75,8 @@ def test_the_papers_protocol_asks_the_same_under_its_own_name(tmp_path: Path) ->
     assert (harness.prompt, harness.gold) == (paper.prompt, paper.gold)
     assert (harness.id, paper.id) == ("trivia_qa/0", "trivia_qa/paper/0")
     assert (harness.extra["protocol"], paper.extra["protocol"]) == ("harness", "paper")
+    both = ask(tmp_path, protocol="paper", fixed_shots=True, shots=1)[0]  # the paper's shots are fixed anyway
+    assert (both.id, both.extra["protocol"]) == ("trivia_qa/paper/0", "paper") and both.shared
 
 
 def dpr(place: Path, *lines: str) -> Path:
