@@ -38,16 +38,17 @@ class Task:
     benchmark: str  # title
     name: str  # of the benchmark
     settings: Mapping[str, Any]
+    depth: int = 0  # the lowest block that edits are expected to change, 0: unknown
 
 
 class Evaluator:
     """Scores blocks as snapshots of one base model."""
 
-    def __init__(self, name: str, model: str, dtype: str, device: str, threads: int) -> None:
+    def __init__(self, name: str, model: str, dtype: str, device: str, threads: int, **engine: Any) -> None:
         settle(threads)
         self.name, self.threads = name, threads
         self.model = Model.load(model, dtype, device)
-        self.engine = Engine(self.model)
+        self.engine = Engine(self.model, **engine)
         self.wearer = Wearer(self.model)
         self.wearing: str | None = None
         self._blocks: dict[tuple[Any, int], Block] = {}
@@ -66,6 +67,8 @@ class Evaluator:
         started = time.time()
         if task.snapshot != self.wearing:
             self.put_on(ray.get(task.values[0]))
+        if task.depth:
+            self.engine.passes.expect(task.depth)
         switched = time.time()
         block = self._block(task)
         answers = self.engine.answer(block)
@@ -130,6 +133,6 @@ def answer_tree(answer: Answer) -> dict[str, Any]:
     return {"text": answer.text, "tokens": answer.tokens}
 
 
-def start(name: str, model: str, dtype: str, device: str, threads: int, gpus: float) -> Any:
-    """An evaluator as a Ray actor. It is never restarted by Ray: the pool replaces it."""
-    return as_actor(Evaluator, f"{model}:{name}", threads, gpus).remote(name, model, dtype, device, threads)
+def start(name: str, model: str, dtype: str, device: str, threads: int, gpus: float, **engine: Any) -> Any:
+    """An evaluator as a Ray actor; `engine` holds settings of `Engine`. Ray never restarts it: the pool replaces it."""
+    return as_actor(Evaluator, f"{model}:{name}", threads, gpus).remote(name, model, dtype, device, threads, **engine)

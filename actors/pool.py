@@ -20,6 +20,7 @@ from actors.evaluator import Task
 from actors.feed import Work
 
 IN_FLIGHT = 2  # units an evaluator has: one it runs, one that waits, so that it is never idle
+LOOK = 64  # units at the head of a queue among which one is looked for whose block is known
 ERRORS = 3  # units that may fail on an evaluator one after another before it is replaced
 STARTS = 3  # attempts to start an evaluator before its place is given up
 
@@ -41,6 +42,7 @@ class Unit:
     settings: Mapping[str, Any]
     value: Callable[[], Any] = field(compare=False)  # gives the reference of the Snapshot
     restore: Callable[[], None] = field(compare=False)  # makes a lost Snapshot available again
+    depth: int = 0  # the lowest block that edits of the study are expected to change, 0: unknown
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class _Place:
     starts: int = 0
     errors: int = 0  # units that failed since one succeeded
     wearing: str | None = None
+    seen: set[str] = field(default_factory=set)  # blocks of which it keeps trunks and drafts
     busy: OrderedDict[Any, Unit] = field(default_factory=OrderedDict)
 
     @property
@@ -153,6 +156,7 @@ class EvaluatorPool:
     def _begin(self, place: _Place) -> None:
         place.actor = self._start(place.name)
         place.answered, place.wearing, place.errors = False, None, 0
+        place.seen.clear()
         place.starts += 1
         self._pings[place.actor.describe.remote()] = place
 
@@ -186,9 +190,10 @@ class EvaluatorPool:
                 if unit is None:
                     return
                 place.wearing = unit.snapshot
+                place.seen.add(unit.work.id)
                 task = Task(
                     unit.id, unit.snapshot, [unit.value()], [unit.work.table], unit.work.row,
-                    unit.work.benchmark, unit.name, unit.settings,
+                    unit.work.benchmark, unit.name, unit.settings, unit.depth,
                 )  # fmt: skip
                 label = f"{unit.work.benchmark} after {unit.edits} edits"
                 ref = place.actor.score.options(name=label).remote(task)
@@ -201,11 +206,24 @@ class EvaluatorPool:
         order = sorted(self._queues, key=lambda s: (s != place.wearing, s in worn))  # stable: oldest first
         for snapshot in order:
             queue = self._queues[snapshot]
-            unit = queue.popleft()
+            unit = self._pick(place, queue)
             if not queue:
                 del self._queues[snapshot]
             return unit
         return None
+
+    def _pick(self, place: _Place, queue: deque[Unit]) -> Unit:
+        """Take the first unit whose block was scored here before, else the first that nobody knows, else the first."""
+        others = [p.seen for p in self.places if p is not place]
+
+        def rank(index: int) -> int:
+            block = queue[index].work.id
+            return 0 if block in place.seen else 1 + any(block in seen for seen in others)
+
+        best = min(range(min(len(queue), LOOK)), key=rank)
+        unit = queue[best]
+        del queue[best]
+        return unit
 
     def _finished(self, ref: Any) -> list[Done | Failed]:
         place = self._running.pop(ref, None)

@@ -153,6 +153,35 @@ def editing(
         raise typer.Exit(1)
 
 
+@bench.command("scoring", epilog=EXITS)
+def scoring(
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here, as JSON.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Minutes: few questions, one run.")] = False,
+) -> None:
+    """What scoring costs: ours against lm-evaluation-harness, and later snapshots against the first.
+
+    A random model with the shape of GPT-2 small, one thread, CPU seconds, medians, both sides turn and turn about.
+    Needs the extra `harness`. The exit code is 1 when both sides answer differently.
+
+    Examples: raysys bench scoring --quick; raysys bench scoring --json scoring.json
+    """
+    from raysys import scoring_bench
+    from raysys.tables import scoring_table
+
+    size = scoring_bench.Size.quick() if quick else scoring_bench.Size()
+    note = shared.stderr().print
+    found = dict(scoring_bench.lines(size, note))
+    note("peak memory")
+    ours, theirs = (scoring_bench.peak_memory(side, size) for side in ("ours", "theirs"))
+    shared.say(scoring_table(found, (ours, theirs)))
+    tree = scoring_bench.tree(found, (ours, theirs))
+    if json_file is not None:
+        json_file.write_text(json.dumps(tree, indent=1), encoding="utf-8")
+    if not tree["agree"]:
+        shared.complain("answers differ: " + "; ".join(line.what for line in found.values() if not line.same))
+        raise typer.Exit(1)
+
+
 def _check_only(size: Size, methods: bool) -> None:
     """Raises ValueError for a part of `size.only` that no line and no method is called by."""
     from raysys import names

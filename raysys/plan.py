@@ -126,7 +126,7 @@ def _built(part: ComponentSpec, selected: dict[int, Any]) -> Iterator[tuple[int,
 
 def _blocks(spec: StudySpec, tokens: Tokens, part: ComponentSpec, built: Any) -> Iterator[Block]:
     for group in by_prefix(built.queries(), spec.snapshots):
-        options: dict[str, Any] = {"batch": spec.scoring.batch, "size": spec.scoring.block, "cuts": spec.snapshots}
+        options: dict[str, Any] = {"batch": spec.scoring.rows, "size": spec.scoring.block, "cuts": spec.snapshots}
         yield from pack(tokens, part.title, {}, group, **options)
 
 

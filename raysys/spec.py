@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -81,13 +81,21 @@ class ClusterSpec(_Part):
     dashboard: bool = True  # of our own cluster, on loopback
     address: str | None = None  # of a running Ray cluster; None: $RAY_ADDRESS, else one of our own on this machine
     wait: float = Field(default=300.0, gt=0)  # seconds to wait for missing resources before giving up
+    trunk_memory: float = Field(default=2.0, ge=0)  # GiB an evaluator may keep of what edits don't change; 0: nothing
+    drafts: bool = True  # verify earlier answers instead of generating them again (float32 alone): the same text
 
 
 class ScoringSpec(_Part):
     """How scoring batches its work: part of the study's identity, since rounding depends on the shapes."""
 
-    batch: int = Field(default=16, ge=1)  # queries a forward pass
+    batch: Annotated[int, Field(ge=1)] | Literal["auto"] = 16  # queries a forward pass; auto: as memory allows
     block: int = Field(default=64, ge=1)  # queries a unit of work
+    softmax: Literal["float32", "model"] = "float32"  # "model": in its number type, as lm-evaluation-harness does
+
+    @property
+    def rows(self) -> int:
+        """Queries a forward pass, 0 for as many as memory allows."""
+        return 0 if self.batch == "auto" else self.batch
 
 
 class StudySpec(_Part):

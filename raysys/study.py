@@ -69,6 +69,7 @@ def run(spec: StudySpec, progress: Progress | None = None) -> Results:
         finally:
             progress.stop()
         results.compact()
+        results.mark()
         complete = not results.failures()
         results.write_manifest({"complete": complete, "finished": time.time()})
     return results
@@ -98,7 +99,8 @@ class _Run:
         streams = Streams(start, c.editors, self.cells, self.results.note)
         about = (self.model, spec.dtype, _device(spec, c.gpus_per_evaluator), c.threads)
         begin = partial(evaluator.start, model=about[0], dtype=about[1], device=about[2], threads=about[3],
-                        gpus=c.gpus_per_evaluator)  # fmt: skip
+                        gpus=c.gpus_per_evaluator, trunk_memory=c.trunk_memory, drafts=c.drafts,
+                        softmax=spec.scoring.softmax)  # fmt: skip
         pool = EvaluatorPool(begin, c.evaluators, c.retries, self.results.note)
         try:
             self._feed()
@@ -122,7 +124,7 @@ class _Run:
         """Blocks of all benchmarks, and of the probes of every edit order."""
         spec = self.spec
         sources = [s for b in spec.benchmarks for s in self._sources(b)]
-        size, batch = spec.scoring.block, spec.scoring.batch
+        size, batch = spec.scoring.block, spec.scoring.rows
         self.works, faults = feed(sources, self.model, batch=batch, size=size, cuts=spec.snapshots)
         for title, fault in sorted(faults.items()):
             if spec.on_bad_benchmark == "stop":
@@ -209,9 +211,15 @@ class _Run:
             part = parts[work.benchmark]
             units.append(
                 Unit(name, key, edits, cell.job.cell, work, part.name, part.settings,
-                     partial(cell.values.__getitem__, edits), partial(cell.restore, edits))
+                     partial(cell.values.__getitem__, edits), partial(cell.restore, edits), self._depth())
             )  # fmt: skip
         return units
+
+    def _depth(self) -> int:
+        """The lowest block that the methods seen so far say they edit, 0 where none does."""
+        told = [cell.stream.method.get("settings", {}) for cell in self.cells if cell.stream is not None]
+        layers = [n for s in told for n in (s.get("layers") or [s.get("layer")]) if isinstance(n, int)]
+        return min(layers, default=0)
 
     def _record(self, outcome: Done | Failed) -> None:
         if isinstance(outcome, Done):

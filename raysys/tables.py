@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from raysys.plan import Plan
     from raysys.preparing import Prepared
     from raysys.runs import Status
+    from raysys.scoring_bench import Line
     from raysys.tuning import Trial
 
 Figure = tuple[str, str, Estimate, float | None]  # what, metric, figure, chance
@@ -195,6 +196,21 @@ def trials_table(title: str, trials: Sequence[Trial], best: Trial) -> Renderable
     table.caption, table.caption_justify = Text(about, style="dim"), "left"
     faults = [Text(f"{t.fault}", style="red") for t in trials if t.fault]
     return Group(Text(title, style="bold"), table, *faults)
+
+
+def scoring_table(found: Mapping[str, Line], memory: tuple[int, int]) -> RenderableType:
+    """What scoring costs, line by line: CPU seconds of both sides, how many times faster, and whether they agree."""
+    table = grid("", "ours, s", "other, s", "times faster", "share", "same answers")
+    for line in found.values():
+        mine, other = (f"{median(side):.2f}" for side in (line.ours, line.other))
+        table.add_row(line.what, mine, other, f"{line.ratio:.2f}", f"{line.share:.0%}", "yes" if line.same else "NO")
+    ours, theirs = memory
+    table.add_row("peak memory, MMLU, 5 shots", words.size(ours), words.size(theirs), "", f"{ours / theirs:.0%}", "")
+    about = (
+        "other: lm-evaluation-harness for a first snapshot, our own first snapshot or plain generation for a later one"
+    )
+    table.caption, table.caption_justify = Text(about, style="dim"), "left"
+    return table
 
 
 def number(n: int) -> str:
