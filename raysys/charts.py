@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 WIDTH, HEIGHT = 360.0, 232.0
 LEFT, RIGHT, TOP, BOTTOM = 44.0, 14.0, 12.0, 44.0
@@ -30,6 +30,7 @@ class Dot:
     high: float
     tip: str
     broken: bool = False
+    void: bool = False  # its value says nothing: only the mark of a collapse is drawn, at the bottom of the chart
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,9 @@ def _chance(chance: float, lines: Sequence[Line], x: _Map, y: _Map) -> str:
     """The line of guessing; its name stands where the fewest curves pass."""
     at, name = y(chance), f"chance {chance * 100:.3g}%"
     wide = len(name) * LETTER * 0.9
-    passed = [p for line in lines for p in _along([(x(d.x), y(d.y)) for d in line.dots if math.isfinite(d.y)])]
+    passed = [
+        p for line in lines for p in _along([(x(d.x), y(d.y)) for d in line.dots if math.isfinite(d.y) and not d.void])
+    ]
 
     def crowd(place: tuple[float, float]) -> int:
         left, base = place
@@ -162,7 +165,7 @@ def _along(points: Sequence[tuple[float, float]]) -> Iterator[tuple[float, float
 
 
 def _band(line: Line, x: _Map, y: _Map) -> str:
-    dots = [d for d in line.dots if math.isfinite(d.low) and math.isfinite(d.high)]
+    dots = [d for d in line.dots if math.isfinite(d.low) and math.isfinite(d.high) and not d.void]
     if len(dots) < 2:
         return "".join(
             f'<line class="s{line.style % STYLES} whisker" x1="{x(d.x):.1f}" x2="{x(d.x):.1f}" y1="{y(d.low):.1f}" '
@@ -175,13 +178,15 @@ def _band(line: Line, x: _Map, y: _Map) -> str:
 
 
 def _stroke(line: Line, x: _Map, y: _Map) -> str:
-    dots = [d for d in line.dots if math.isfinite(d.y)]
-    path = " ".join(f"{x(d.x):.1f},{y(d.y):.1f}" for d in dots)
-    drawn = f'<polyline class="line" points="{path}"/>' if len(dots) > 1 else ""
+    dots = [d for d in line.dots if math.isfinite(d.y) or d.void]
+    pieces = [list(piece) for void, piece in groupby(dots, lambda d: d.void) if not void]
+    paths = (" ".join(f"{x(d.x):.1f},{y(d.y):.1f}" for d in piece) for piece in pieces if len(piece) > 1)
+    drawn = "".join(f'<polyline class="line" points="{path}"/>' for path in paths)
+    places = [f"{x(d.x):.1f} {y(-math.inf if d.void else d.y):.1f}" for d in dots]
     return f'<g class="s{line.style % STYLES}">{drawn}' + "".join(
-        f'<g class="dot" data-tip="{escape(d.tip)}" transform="translate({x(d.x):.1f} {y(d.y):.1f})">'
+        f'<g class="dot" data-tip="{escape(d.tip)}" transform="translate({place})">'
         f'<circle class="reach" r="11"/>{BROKEN if d.broken else marker(line.style)}</g>'
-        for d in dots
+        for d, place in zip(dots, places, strict=True)
     ) + "</g>"  # fmt: skip
 
 

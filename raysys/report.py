@@ -15,7 +15,8 @@ from rich.text import Text
 from raysys import names, report_html, stats, words
 from raysys.account import Account, account
 from raysys.files import write_bytes
-from raysys.summary import KINDS, PROTOCOLS, CellView, Metric, Point, Summary, summarise
+from raysys.frame import Metric
+from raysys.summary import KINDS, PROTOCOLS, Area, CellView, Point, Summary, summarise
 
 if TYPE_CHECKING:
     from raysys.results import Results
@@ -42,12 +43,13 @@ class Report:
         (console or Console()).print(terminal(self.summary, self.account), highlight=False)
 
     def write(self, path: Path | None = None) -> Path:
-        """Write the HTML page and say where (by default into the run folder). Raises OSError."""
+        """Write the HTML page and say where (by default into the run folder), and mark collapses. Raises OSError."""
         path = path or self.results.folder / "report.html"
         spec = self.results.spec
         toml = words.toml(spec.model_dump(mode="json"))
         text = report_html.page(spec.name, self.summary, self.account, chances(spec), toml, self.results.manifest)
         write_bytes(path, text.encode())
+        self.results.mark()
         return path
 
 
@@ -103,12 +105,24 @@ def _ability(cell: CellView, summary: Summary) -> Table | None:
     table = _table("edits", *(words.title(m) for m in metrics))
     for edits, points in _rows(cell, metrics):
         table.add_row(str(edits), *(_score(p) for p in points))
+    if any(m in cell.areas for m in metrics):
+        table.add_row("area", *(_area(cell.areas.get(m)) for m in metrics))
     return table
+
+
+def _area(area: Area | None) -> Text:
+    """Mean height of a curve over log(1 + edits)."""
+    if area is None:
+        return Text("–", style="dim")
+    value, more = words.percent(area.estimate.mean), words.points(area.change.mean)
+    return Text.assemble(value, (f" {words.half(area.estimate)} {more}", "dim"))
 
 
 def _score(point: Point | None) -> Text:
     if point is None:
         return Text("–", style="dim")
+    if point.void:
+        return Text("collapsed", style="bold red")
     text = Text.assemble(words.percent(point.estimate.mean), (f" {words.half(point.estimate)}", "dim"))
     if point.collapse:
         text.append(" collapsed", style="bold red")
@@ -165,8 +179,8 @@ def _budgets(summary: Summary) -> RenderableType:
     if not summary.ability:
         return Text("no general-ability benchmark has been scored: no edit budget", style="dim")
     loss = f"{summary.delta * 100:g} points"
-    table = _table("edit budget", "shown", "observed", "measured", "ended at")
-    for column in (0, 4):
+    table = _table("edit budget", "shown", "observed", "interval", "measured", "ended at")
+    for column in (0, 5):
         table.columns[column].justify = "left"
     table.columns[0].no_wrap, table.columns[0].max_width = False, 32
     for cell in summary.cells:
@@ -175,11 +189,16 @@ def _budgets(summary: Summary) -> RenderableType:
         stops = [Text(f"{at}{text}", style=STYLE[state]) for state, text in words.stops(budget)]
         name = " ".join((cell.method, cell.model, str(cell.order)) if len(summary.cells) > 1 else (cell.method,))
         shown = f"{'≥ ' if not budget.stops and budget.measured else ''}{budget.shown}"
-        row = (Text(name), Text(shown, style="bold"), str(budget.observed), str(budget.measured))
+        within = words.between(budget.interval, budget.measured)
+        row = (Text(name), Text(shown, style="bold"), str(budget.observed), within, str(budget.measured))
         table.add_row(*row, Text("\n").join(stops) if stops else Text("nothing", style="green"))
+    for method in summary.methods:
+        if len(method.cells) > 1:
+            orders, last = f"{method.method} {method.model}, over all orders", method.budget.measured
+            table.add_row(Text(orders), "", "", words.between(method.interval, last), str(last), "")
     table.caption = Text(
         f"shown: at 95 %, no benchmark lost {loss} or more at any snapshot up to there (paired, Holm-corrected); "
-        "observed: the same of the bare means",
+        "observed: the same of the bare means; interval: where the true number lies, at 95 %",
         style="dim",
     )
     table.caption_justify = "left"

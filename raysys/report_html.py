@@ -11,10 +11,11 @@ from importlib.resources import files
 
 from raysys import charts, words
 from raysys.account import Account, Left, Times
+from raysys.budget import Budget
 from raysys.charts import Axis, Dot, Line
+from raysys.frame import Metric
 from raysys.report_tables import ability_table, edits_table, matrix
-from raysys.stats import Budget
-from raysys.summary import KINDS, PROTOCOLS, MethodView, Metric, Point, Summary
+from raysys.summary import KINDS, PROTOCOLS, MethodView, Point, Summary
 
 Facts = Mapping[str, object]
 
@@ -134,12 +135,17 @@ def _card(method: MethodView, style: int, delta: float) -> str:
     if len(method.cells) > 1:
         each = ", ".join(f"{c.budget.shown} (observed {c.budget.observed})" for c in method.cells)
         orders = f'<p class="note">The smallest of {len(method.cells)} edit orders: {each}.</p>'
+    over = "items and edit orders" if len(method.cells) > 1 else "items"
+    within = ""
+    if budget.measured:
+        span = words.between(method.interval, budget.measured)
+        within = f'<p class="note">The true number, at 95 %, over {over}: <strong>{span}</strong>.</p>'
     limit, unit = f"{delta * 100:g}\u00a0points", "edit" if budget.shown == 1 else "edits"
     return f"""<article class="budget s{style % charts.STYLES}"><h3>{charts.key(style)}{escape(method.method)}</h3>
 <div class="row"><span class="big">{least}{budget.shown}</span><span class="unit">{unit}</span></div>
 <p>shown to cost every benchmark less than {limit}</p>
 <p class="note"><strong>{seen}{budget.observed}</strong> observed to cost no more than {limit};
-{words.count(budget.measured, "edit")} measured.</p>{_stops(budget)}{orders}</article>"""
+{words.count(budget.measured, "edit")} measured.</p>{within}{_stops(budget)}{orders}</article>"""
 
 
 def _stops(budget: Budget) -> str:
@@ -166,7 +172,7 @@ def _lines(methods: Sequence[MethodView], metric: Metric, last: int) -> list[Lin
     def dot(method: MethodView, point: Point) -> Dot:
         e = point.estimate
         where = charts.edits_position(point.edits, last)
-        return Dot(where, e.mean, e.low, e.high, words.hover(method.method, point), bool(point.collapse))
+        return Dot(where, e.mean, e.low, e.high, words.hover(method.method, point), bool(point.collapse), point.void)
 
     curves = [(i, m, m.curves.get(metric, [])) for i, m in enumerate(methods)]
     return [Line(i, [dot(m, p) for p in curve]) for i, m, curve in curves if curve]
@@ -194,7 +200,7 @@ def _curve(
     lines = _lines(methods, metric, max(snapshots, default=0))
     if not lines:
         return ""
-    dots = [d for line in lines for d in line.dots]
+    dots = [d for line in lines for d in line.dots if not d.void]
     bounds = (0.0, 1.0, 0.25)
     if not whole:
         known = [] if chance is None else [chance]
@@ -289,6 +295,7 @@ def _numbers(summary: Summary) -> str:
     )
     note = (
         "Per cent, with half the 95 % interval; below it the change against the base on the same items, in points. "
+        "Area: the mean height of a curve over the logarithm of 1 + edits. "
         "Edits: P is how often the right answer is likelier than the wrong one, forced its share of tokens given the "
         "ones before, free whether the model says it by itself."
     )

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from html import escape
 
 from raysys import charts, words
-from raysys.summary import KINDS, PROTOCOLS, CellView, MethodView, Metric, Point
+from raysys.frame import Metric
+from raysys.summary import KINDS, PROTOCOLS, CellView, MethodView, Point
 
 
 def _scroll(label: str, table: str) -> str:
@@ -30,8 +31,9 @@ def matrix(method: MethodView, style: int) -> str:
                 cells.append("<td></td>")
                 continue
             sign = f'<span class="state" aria-hidden="true">{words.SIGNS[v.state]}</span>'
-            said = f'<span class="visually-hidden">{v.state} </span>{words.points(v.change.mean)}'
-            cells.append(f'<td class="{v.state}" title="{words.span(v.change)}">{sign}{said}</td>')
+            change, span = ("", "") if v.state == "collapsed" else (words.points(v.change.mean), words.span(v.change))
+            said = f'<span class="visually-hidden">{v.state} </span>{change}'
+            cells.append(f'<td class="{v.state}" title="{span}">{sign}{said}</td>')
         rows.append(f'<tr><th scope="row">{escape(benchmark)}</th>{"".join(cells)}</tr>')
     heads = "".join(f'<th scope="col">{n}</th>' for n in snapshots)
     name = escape(method.method) + (f" <small>order {cell.order}</small>" if len(method.cells) > 1 else "")
@@ -48,9 +50,25 @@ def ability_table(cell: CellView, metrics: Sequence[Metric]) -> str:
     if not shown:
         return ""
     heads = "".join(f'<th scope="col">{escape(words.title(m))}</th>' for m in shown)
-    table = _rows(cell, shown, True)
+    table = _rows(cell, shown, True) + _areas(cell, shown)
     top = f'<thead><tr><th scope="col">Edits</th>{heads}</tr></thead>'
     return _scroll(f"General ability, {cell.id}", f"<table>{top}<tbody>{table}</tbody></table>")
+
+
+def _areas(cell: CellView, metrics: Sequence[Metric]) -> str:
+    """The last row: the area under each curve, that is its mean height."""
+    if not any(m in cell.areas for m in metrics):
+        return ""
+    cells = []
+    for metric in metrics:
+        area = cell.areas.get(metric)
+        if area is None:
+            cells.append("<td>–</td>")
+            continue
+        value, width = words.percent(area.estimate.mean), words.half(area.estimate)
+        below = f'<small class="sub">{words.points(area.change.mean)}</small>'
+        cells.append(f'<td title="{words.span(area.change)}">{value} <small>{width}</small>{below}</td>')
+    return f'<tr><th scope="row">Area</th>{"".join(cells)}</tr>'
 
 
 def edits_table(cell: CellView, probes: Sequence[Metric], locality: Sequence[Metric]) -> str:
@@ -83,6 +101,8 @@ def _rows(cell: CellView, metrics: Sequence[Metric], changes: bool) -> str:
 def _cell(point: Point | None, changes: bool) -> str:
     if point is None:
         return "<td>–</td>"
+    if point.void:
+        return f'<td><small class="sub collapsed" title="{escape(point.collapse)}">collapsed</small></td>'
     value, width = words.percent(point.estimate.mean), words.half(point.estimate)
     if not changes:
         return f'<td>{value}<small class="sub">{width}</small></td>'

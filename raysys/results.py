@@ -6,6 +6,7 @@
       cells/<cell>/journal/          every edit (raysys/journal.py)
       units/<unit>.parquet           scores of one (snapshot, block), whole or absent
       scores.parquet, units.parquet  the same, compacted when the study ends
+  collapsed.json                 snapshots whose answers are worth nothing, and why, as of then
       failures/<unit>.json           units given up, with the reason
       events.jsonl                   what else happened (restarts, lost actors)
 
@@ -21,10 +22,12 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -245,6 +248,17 @@ class Results:
         for file in files:
             file.unlink()
 
+    def mark(self) -> None:
+        """Write collapsed.json: every snapshot and metric whose answers are worth nothing, with the reason."""
+        from raysys.summary import collapsed
+
+        write_json(self.folder / "collapsed.json", collapsed(self))
+
+    def collapsed(self) -> list[dict[str, Any]]:
+        """What `mark` wrote: cell, edits, benchmark, metric, reason; empty before the study has ended once."""
+        path = self.folder / "collapsed.json"
+        return read_json(path) if path.exists() else []
+
     def fail(self, unit: str, about: Mapping[str, Any]) -> None:
         """Record that a unit was given up: cell, edits, benchmark, tries, reason."""
         write_json(self.folder / "failures" / f"{unit}.json", {"unit": unit} | dict(about))
@@ -263,9 +277,17 @@ class Results:
         return self._with_cells(self._unit_rows())
 
     def scores(self) -> pa.Table:
-        """Every score, with its cell, model, method, order, edits (of the snapshot) and benchmark beside SCORES."""
+        """Every score, with its cell, model, method, order, edits (of the snapshot) and benchmark beside SCORES.
+
+        `collapsed` says why the answers of the snapshot are worth nothing, "" where they are sound (see `mark`).
+        """
         units = self._with_cells(self._unit_rows().select(["unit", "snapshot", "block", "benchmark"]))
-        return self._score_rows().join(units, "unit", join_type="inner").combine_chunks()
+        table = self._score_rows().join(units, "unit", join_type="inner").combine_chunks()
+        marks: Any = np.full(len(table), "", object)
+        for found in self.collapsed():
+            same = [pc.equal(table[name], found[name]) for name in ("cell", "edits", "benchmark", "metric")]
+            marks[reduce(pc.and_, same).to_numpy()] = found["reason"]
+        return table.append_column("collapsed", pa.array(marks, pa.string()))
 
     def _score_rows(self) -> pa.Table:
         compacted = self.folder / "scores.parquet"

@@ -1,4 +1,4 @@
-"""What the scores can and cannot show: means with intervals, paired differences, the edit budget, collapsed answers.
+"""What the scores can and cannot show: means with intervals, paired differences, areas under curves.
 
 Pure functions on arrays. Scores of one metric are shares in [0, 1], most of them 0 or 1; `n` is always items.
 
@@ -12,10 +12,8 @@ Pure functions on arrays. Scores of one metric are shares in [0, 1], most of the
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +24,6 @@ Array = NDArray[np.float64]
 LEVEL = 0.95  # of every interval and test
 DELTA = 0.02  # the loss that still counts as none: 2 points
 RESAMPLES = 2000  # of a bootstrap
-CONSTANT = 0.97  # share of one answer from which answers are constant
-SPREAD = 0.9  # share of one answer below which the base model's answers spread
-EMPTY = 0.5  # share of empty generations from which a model is mute
 
 
 @dataclass(frozen=True)
@@ -68,6 +63,29 @@ def standard_error(values: Array) -> float:
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
+def pooled_error(errors: Sequence[float], sizes: Sequence[int]) -> float:
+    """Standard error of a group's size-weighted mean, pooled over its leaf tasks as lm-evaluation-harness does:
+    sqrt(sum (n_i - 1) n_i e_i^2 / (N - k) / N) for k tasks of n_i items, N in all; nan where a task has one item."""
+    assert len(errors) == len(sizes) > 0, (len(errors), len(sizes))
+    total = sum(sizes)
+    squares = sum((n - 1) * n * e * e for e, n in zip(errors, sizes, strict=True))
+    return math.sqrt(squares / (total - len(sizes)) / total) if total > len(sizes) else math.nan
+
+
+def area_weights(edits: Sequence[int]) -> Array:
+    """What each snapshot counts in the normalised area under a curve: trapezoids over log(1 + edits), summing to 1.
+
+    The logarithm, because snapshots are laid out so and the first edits decide as much as the last hundreds; the area
+    is then the mean height of the curve as the report draws it, and linear in the scores: it can be worked out item by
+    item and treated like any other score. `edits`: ascending, two or more.
+    """
+    assert len(edits) > 1, "one snapshot has no area"
+    x = np.log1p(np.asarray(edits, float))
+    steps = np.diff(x) / (x[-1] - x[0]) / 2
+    weights: Array = np.append(steps, 0.0) + np.insert(steps, 0, 0.0)
+    return weights
+
+
 def wilson(successes: float, n: int, level: float = LEVEL) -> tuple[float, float]:
     """Wilson's score interval of a share: never outside [0, 1], never empty at 0 or at 1."""
     assert 0 <= successes <= n > 0, (successes, n)
@@ -92,13 +110,31 @@ def estimate(values: Array, level: float = LEVEL) -> Estimate:
     return Estimate(mean, error, low, high, n)
 
 
+def drawn_again(rng: np.random.Generator, kinds: Array, counts: NDArray[np.int64], times: int) -> Array:
+    """Means over as many items as there are, drawn with replacement, `times` times: (times, width).
+
+    `kinds`: (kinds, width), the distinct items; `counts`: how many there are of each.
+    """
+    n = int(counts.sum())
+    if len(counts) <= 64:  # a binomial number each; beyond, drawing the items themselves is quicker
+        few: Array = rng.multinomial(n, counts / n, size=times) @ kinds / n
+        return few
+    found = np.empty((times, kinds.shape[1]))
+    own = np.repeat(np.arange(len(counts)), counts)
+    for start in range(0, times, 50):  # 50 at a time: of ten thousand items, a few megabytes
+        some = found[start : start + 50]
+        places = own[rng.integers(n, size=(len(some), n))] + np.arange(len(some))[:, None] * len(counts)
+        drawn = np.bincount(places.ravel(), minlength=len(some) * len(counts)).reshape(len(some), -1)
+        some[:] = drawn @ kinds / n
+    return found
+
+
 def bootstrap(values: Array, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL) -> tuple[float, float]:
     """Percentile interval of the mean. Draws how often each distinct value appears: the same law, and quick."""
     if not np.isfinite(values).all():
         return math.nan, math.nan
     distinct, counts = np.unique(values, return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=resamples)
-    means = drawn @ distinct / len(values)
+    means = drawn_again(np.random.default_rng(seed), distinct[:, None], counts, resamples)[:, 0]
     means.sort()
     outside = round(resamples * (1 - level) / 2)
     return float(means[outside]), float(means[-1 - outside])
@@ -121,8 +157,10 @@ def no_worse(now: Array, base: Array, delta: float = DELTA) -> float:
     """One-sided p-value of "the true loss is delta or more": small means that less than delta was lost.
 
     Zeros and ones: Tango's score test for paired shares, never below the exact binomial tail of the least favourable
-    case (items only lost, at rate delta), so that few items show nothing even when none of them moved. Other scores:
-    Student's test on the differences, never below the chance (1 - delta) ** n of not seeing a rare total loss.
+    case (items only lost, at rate delta), so that few items show nothing even when none of them moved. Where some
+    items rose, as if one more had been lost: that keeps the exact error below the nominal one from 100 items on. Other
+    scores: Student's test on the differences, as if one item more had lost two standard deviations (means of few skewed
+    scores are not quite normal), never below the chance (1 - delta) ** n of not seeing a rare total loss.
     """
     change = now - base
     n = len(change)
@@ -130,13 +168,14 @@ def no_worse(now: Array, base: Array, delta: float = DELTA) -> float:
         return 1.0
     if np.isin(now, (0.0, 1.0)).all() and np.isin(base, (0.0, 1.0)).all():
         gained, lost = int(np.sum(change > 0)), int(np.sum(change < 0))
-        return max(_tango(gained, lost, n, delta), _tail(lost - gained, n, delta))
+        more = lost + 1 if gained else lost
+        return max(_tango(gained, more, n, delta), _tail(lost - gained, n, delta))
     floor = (1 - delta) ** n
     spread = standard_error(change)
     loss = -float(np.mean(change))
     if spread == 0:
         return floor if loss < delta else 1.0
-    return max(float(special.stdtr(n - 1, (loss - delta) / spread)), floor)
+    return max(float(special.stdtr(n - 1, (loss - delta) / spread + 2 / math.sqrt(n))), floor)
 
 
 def _tango(gained: int, lost: int, n: int, delta: float) -> float:
@@ -168,132 +207,14 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def items_needed(now: Array, base: Array, delta: float = DELTA, tests: int = 1, power: float = 0.8) -> int | None:
-    """About how many items would show a loss below delta with this power, were the loss the observed one.
+    """About how many items would decide, with this power, whether delta was lost, were the loss the observed one.
 
-    `tests`: among how many comparisons (Bonferroni). None when the observed loss is delta or more: no number would.
+    `tests`: among how many comparisons (Bonferroni). None when the observed loss is delta: no number would.
     """
     change = now - base
     room = delta + float(np.mean(change))
-    if not room > 0:
+    if not abs(room) > 1e-12:
         return None
     variance = max(float(np.var(change)), delta * (1 - delta))
     z = float(special.ndtri(1 - (1 - LEVEL) / tests) + special.ndtri(power))
     return math.ceil(z * z * variance / room**2)
-
-
-# --- the edit budget -------------------------------------------------------------------------------------------------
-
-State = Literal["kept", "open", "lost", "collapsed"]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One benchmark at one snapshot. kept: shown to have lost less than delta. lost: shown to have lost more.
-    open: neither; `needed` says about how many items would show it. collapsed: its answers are worth nothing.
-    `p` is Holm-adjusted over the benchmarks of the snapshot."""
-
-    benchmark: str
-    edits: int
-    change: Difference
-    p: float
-    state: State
-    needed: int | None
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How many edits a cell takes. `shown`: every snapshot up to it kept every benchmark. `observed`: the largest
-    number without an observed loss above delta. `stops`: what ended `shown`, empty when the last snapshot passed."""
-
-    shown: int
-    observed: int
-    measured: int
-    delta: float
-    verdicts: tuple[Verdict, ...]
-    stops: tuple[Verdict, ...]
-
-
-Pairs = Mapping[tuple[str, int], tuple[Array, Array]]  # (benchmark, edits) -> scores now and of the base, same items
-
-
-def edit_budget(
-    pairs: Pairs, delta: float = DELTA, collapsed: frozenset[tuple[str, int]] = frozenset(), seed: int = 0
-) -> Budget:
-    """The budget of one cell from its scores at every snapshot after the base.
-
-    Snapshots are tested in their order and testing stops at the first that fails, so that they need no correction
-    among each other, and measuring more of them costs nothing; the benchmarks of a snapshot are corrected by Holm's.
-    """
-    verdicts: list[Verdict] = []
-    snapshots = sorted({edits for _, edits in pairs})
-    for edits in snapshots:
-        benchmarks = [b for b, n in pairs if n == edits]
-        raw = [1.0 if (b, edits) in collapsed else no_worse(*pairs[b, edits], delta) for b in benchmarks]
-        for benchmark, p in zip(benchmarks, holm(raw), strict=True):
-            now, base = pairs[benchmark, edits]
-            change = paired(now, base, seed)
-            state: State = "open"
-            if (benchmark, edits) in collapsed:
-                state = "collapsed"
-            elif p <= 1 - LEVEL:
-                state = "kept"
-            elif change.high < -delta:
-                state = "lost"
-            needed = items_needed(now, base, delta, len(benchmarks)) if state == "open" else None
-            verdicts.append(Verdict(benchmark, edits, change, p, state, needed))
-    bad = [v for v in verdicts if v.state != "kept"]
-    seen_bad = [v for v in verdicts if v.state == "collapsed" or not v.change.mean >= -delta - 1e-12]
-    shown, observed = _last_before(snapshots, bad), _last_before(snapshots, seen_bad)
-    next_up = min((n for n in snapshots if n > shown), default=0)
-    stops = tuple(v for v in bad if v.edits == next_up)
-    return Budget(shown, observed, max(snapshots, default=0), delta, tuple(verdicts), stops)
-
-
-def _last_before(snapshots: Sequence[int], bad: Sequence[Verdict]) -> int:
-    """The last snapshot before the first bad verdict; 0 (the base) when there is none."""
-    first = min((v.edits for v in bad), default=math.inf)
-    return max((n for n in snapshots if n < first), default=0)
-
-
-# --- collapse --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Told:
-    """What a collapse detector needs of one answer: what was answered, and whether its numbers are sound.
-
-    `said` is the index of the choice, or the generated text.
-    """
-
-    said: int | str
-    finite: bool = True
-
-
-def collapse(now: Sequence[Told], base: Sequence[Told], least: int = 10) -> str:
-    """Why the answers of a snapshot are worth nothing, or "". `base` holds the base model's answers to the same items.
-
-    NaN or infinite log-probabilities count from the first; empty text or a constant answer is a collapse only when
-    the base model does otherwise, and from `least` items on.
-    """
-    broken = sum(not t.finite for t in now)
-    if broken:
-        return f"log-probabilities not finite on {broken} of {len(now)} items"
-    if len(now) < least:
-        return ""
-    empty, empty_base = _empty(now), _empty(base)
-    if empty >= EMPTY and empty_base < EMPTY / 2:
-        return f"empty text on {empty:.0%} of items"
-    ((said, count),) = Counter(t.said for t in now).most_common(1)
-    if count >= CONSTANT * len(now) and _constant(base) < SPREAD:
-        name = f"choice {said + 1}" if isinstance(said, int) else f"the text {said.strip()[:30]!r}"
-        return f"{name} on {count / len(now):.0%} of items"
-    return ""
-
-
-def _empty(told: Sequence[Told]) -> float:
-    return sum(isinstance(t.said, str) and not t.said.strip() for t in told) / len(told) if told else 0.0
-
-
-def _constant(told: Sequence[Told]) -> float:
-    """Share of the commonest answer; 0 without answers."""
-    return Counter(t.said for t in told).most_common(1)[0][1] / len(told) if told else 0.0

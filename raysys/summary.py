@@ -6,40 +6,54 @@ several edit orders, a curve averages every item over them first, so that n stay
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raysys import stats
-from raysys.stats import Budget, Difference, Estimate, Told
+from raysys import budget, names, stats
+from raysys.budget import Budget, Changes, Interval
+from raysys.collapse import Told, collapse
+from raysys.frame import Frame, Items, Metric
+from raysys.stats import Difference, Estimate
 
 if TYPE_CHECKING:
     from raysys.results import Cell, Results
+    from raysys.spec import StudySpec
 
 KINDS = ("efficacy", "paraphrase", "neighbourhood", "portability")
 PROTOCOLS = {"probability": "P(right) > P(wrong)", "forced": "teacher-forced", "free": "free generation"}
 KNOWN = "known"  # metrics of facts that were never edited
 
-Metric = tuple[str, str]  # benchmark, metric
-Items = tuple[NDArray[np.int64], stats.Array]  # numbers of items, ascending, and their values
 AGES = (0, 1, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)  # edits made since, lower edges
 
 
 @dataclass(frozen=True)
 class Point:
     """One metric at one snapshot; `change` against the base model on the same items where it was asked them.
-    `collapse` says why the answers are worth nothing, "" when they are sound."""
+    `collapse` says why the answers are worth nothing, "" when they are sound. `void`: the value must not be shown at
+    all: the answers of a safety benchmark have collapsed, and what it would say is not safety."""
 
     edits: int
     estimate: Estimate
     change: Difference | None = None
     collapse: str = ""
+    void: bool = False
+
+
+@dataclass(frozen=True)
+class Area:
+    """Normalised area under a curve from the base to the last snapshot: its mean height over log(1 + edits)
+    (`stats.area_weights`), and what that is more than the base model's score."""
+
+    estimate: Estimate
+    change: Difference
+    last: int
 
 
 @dataclass(frozen=True)
@@ -69,17 +83,20 @@ class CellView:
     order: int
     curves: Curves
     budget: Budget
+    areas: Mapping[Metric, Area] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class MethodView:
-    """One method on one model, over its edit orders. `ages`: protocol -> retention at the last snapshot."""
+    """One method on one model, over its edit orders. `ages`: protocol -> retention at the last snapshot. `interval`:
+    of the edit budget, over items and edit orders."""
 
     model: str
     method: str
     cells: list[CellView]
     curves: Curves
     ages: Mapping[str, list[Age]] = field(default_factory=dict)
+    interval: Interval = budget.UNKNOWN
 
     @property
     def budget(self) -> Budget:
@@ -115,56 +132,151 @@ class Summary:
 
 def summarise(results: Results, delta: float = stats.DELTA) -> Summary:
     """Read the scores of a study, finished or not, and work everything out."""
-    frame = Frame(results.scores(), {c.id: [r["id"] for r in c.about["requests"]] for c in results.cells()})
-    ability, probes, locality, others = _sort(frame.metrics, [b.title for b in results.spec.benchmarks])
+    frame = _frame(results)
+    safety, titles = _safety(results.spec), [b.title for b in results.spec.benchmarks]
+    ability, probes, locality, others = _sort(frame, titles)
     methods: dict[tuple[str, str], list[Cell]] = defaultdict(list)
     for cell in results.cells():
         methods[cell.model, cell.method].append(cell)
     views = []
     for (model, method), cells in methods.items():
-        made = [_cell(frame, c, ability, delta) for c in cells]
+        made = [_cell(frame, c, ability, others, safety, delta) for c in cells]
         ids = [c.id for c in cells]
-        merged = made[0].curves if len(made) == 1 else _curves(frame, ids, ability)
+        merged = made[0].curves if len(made) == 1 else _curves(frame, ids, [*ability, *others], safety)
         ages = {p: found for p in PROTOCOLS if (found := _ages(frame, ids, f"efficacy/{p}"))}
-        views.append(MethodView(model, method, made, merged, ages))
+        between = made[0].budget.interval if len(made) == 1 else _interval(frame, made, ability, delta)
+        views.append(MethodView(model, method, made, merged, ages, between))
     return Summary(views, ability, locality, probes, others, delta)
 
 
-def _cell(frame: Frame, cell: Cell, ability: list[Metric], delta: float) -> CellView:
-    curves = _curves(frame, [cell.id], ability)
-    pairs, collapsed = {}, set()
+def collapsed(results: Results) -> list[dict[str, str | int]]:
+    """Every snapshot and metric whose answers are worth nothing: cell, edits, benchmark, metric, reason."""
+    frame, safety = _frame(results), _safety(results.spec)
+    ability, _, _, others = _sort(frame, [b.title for b in results.spec.benchmarks])
+    found: list[dict[str, str | int]] = []
+    for cell in results.cells():
+        for metric in (*ability, *others):
+            for edits in frame.snapshots([cell.id], metric):
+                if reason := _broken(frame, [cell.id], edits, metric, safety):
+                    where: dict[str, str | int] = {
+                        "cell": cell.id,
+                        "edits": edits,
+                        "benchmark": metric[0],
+                        "metric": metric[1],
+                    }
+                    found.append(where | {"reason": reason})
+    return found
+
+
+def _frame(results: Results) -> Frame:
+    return Frame(results.scores(), {c.id: [r["id"] for r in c.about["requests"]] for c in results.cells()})
+
+
+def _safety(spec: StudySpec) -> frozenset[str]:
+    """Titles of the benchmarks that say of themselves that they measure safety."""
+    found = set()
+    for part in spec.benchmarks:
+        try:
+            safe = getattr(names.benchmark(part.name), "safety", False)
+        except ValueError:  # a plug-in that is not installed here
+            continue
+        if safe:
+            found.add(part.title)
+    return frozenset(found)
+
+
+def _cell(
+    frame: Frame, cell: Cell, ability: list[Metric], others: list[Metric], safety: frozenset[str], delta: float
+) -> CellView:
+    curves = _curves(frame, [cell.id], [*ability, *others], safety)
+    pairs, broken = {}, set()
     for metric in ability:
         for point in curves.get(metric, []):
             if point.edits and point.change:
                 pairs[metric[0], point.edits] = _same(*(frame.items([cell.id], n, metric) for n in (point.edits, 0)))
                 if point.collapse:
-                    collapsed.add((metric[0], point.edits))
-    budget = stats.edit_budget(pairs, delta, frozenset(collapsed))
-    return CellView(cell.id, cell.model, cell.method, cell.order, curves, budget)
+                    broken.add((metric[0], point.edits))
+    found = budget.edit_budget(pairs, delta, frozenset(broken))
+    areas = {m: area for m in (*ability, *others) if (area := _area(frame, cell.id, m, curves.get(m, [])))}
+    return CellView(cell.id, cell.model, cell.method, cell.order, curves, found, areas)
 
 
-def _curves(frame: Frame, cells: Sequence[str], ability: list[Metric]) -> Curves:
+def _curves(frame: Frame, cells: Sequence[str], watched: list[Metric], safety: frozenset[str]) -> Curves:
+    """`watched`: the metrics whose answers may collapse."""
     curves: Curves = {}
     for metric in frame.metrics:
         base = frame.items(cells, 0, metric)
-        told_base = frame.told(cells[0], 0, metric) if metric in ability else {}
         points = []
         for edits in frame.snapshots(cells, metric):
             items = frame.items(cells, edits, metric)
-            change, broken = None, ""
+            change, broken, found = None, "", stats.estimate(items[1])
             now, then = _same(items, base)
             if edits and len(now):
                 change = stats.paired(now, then)
-            if edits and metric in ability:
-                broken = next(filter(None, (_collapse(frame.told(c, edits, metric), told_base) for c in cells)), "")
-            points.append(Point(edits, stats.estimate(items[1]), change, broken))
+            if metric in watched:
+                broken = _broken(frame, cells, edits, metric, safety)
+                error = frame.pooled_error(cells, edits, metric)
+                found = found if error is None else replace(found, error=error)
+            points.append(Point(edits, found, change, broken, bool(broken) and metric[0] in safety))
         if points:
             curves[metric] = points
     return curves
 
 
-def _collapse(now: Mapping[int, Told], base: Mapping[int, Told]) -> str:
-    return stats.collapse(list(now.values()), [base[q] for q in now if q in base]) if now else ""
+def _broken(frame: Frame, cells: Sequence[str], edits: int, metric: Metric, safety: frozenset[str]) -> str:
+    """Why the answers of any of `cells` are worth nothing, or ""; of the base model too, where they are on safety."""
+    if not edits and metric[0] not in safety:
+        return ""
+    for cell in cells:
+        now, base = frame.told(cell, edits, metric), frame.told(cell, 0, metric)
+        if not now:
+            continue
+        both = [q for q in now if q in base] if base else list(now)
+        scores = frame.values(cell, edits, metric) if metric[0] in safety else {}
+        before: list[Told] = [base[q] for q in both if q in base]
+        reason = collapse([now[q] for q in both], before, [scores[q] for q in both if scores])
+        if reason:
+            return reason
+    return ""
+
+
+def _area(frame: Frame, cell: str, metric: Metric, points: Sequence[Point]) -> Area | None:
+    """None where there is no base, no later snapshot, or a value that must not be shown."""
+    edits = [p.edits for p in points]
+    if (
+        len(edits) < 2
+        or edits[0]
+        or any(p.void for p in points)
+        or not all(np.isfinite(p.estimate.mean) for p in points)
+    ):
+        return None
+    numbers, values = _aligned([frame.items([cell], n, metric) for n in edits])
+    if not len(numbers):
+        return None
+    height = stats.area_weights(edits) @ values
+    return Area(stats.estimate(height), stats.paired(height, values[0]), edits[-1])
+
+
+def _interval(frame: Frame, cells: Sequence[CellView], ability: Sequence[Metric], delta: float) -> Interval:
+    """Of the edit budget, over items and over the edit orders in `cells`."""
+    changes, broken = {}, set()
+    for metric in ability:
+        measured = [{p.edits for p in c.curves.get(metric, ()) if p.change} for c in cells]
+        edits = sorted(set.intersection(*measured))
+        wanted = [(c.id, n) for c in cells for n in (0, *edits)]
+        numbers, values = _aligned([frame.items([c], n, metric) for c, n in wanted])
+        if not edits or not len(numbers) or not np.isfinite(values).all():
+            continue
+        tall = values.reshape(len(cells), 1 + len(edits), -1)
+        changes[metric[0]] = Changes(tuple(edits), tall[:, 1:] - tall[:, :1])
+        broken |= {(metric[0], p.edits) for c in cells for p in c.curves.get(metric, ()) if p.edits and p.collapse}
+    return budget.interval(changes, delta, frozenset(broken))
+
+
+def _aligned(found: Sequence[Items]) -> tuple[NDArray[np.int64], stats.Array]:
+    """The items that all have, and their values, (which, items)."""
+    common = reduce(lambda a, b: np.intersect1d(a, b, assume_unique=True), [numbers for numbers, _ in found])
+    return common, np.array([values[np.isin(numbers, common)] for numbers, values in found])
 
 
 def _same(now: Items, base: Items) -> tuple[stats.Array, stats.Array]:
@@ -193,9 +305,11 @@ def _ages(frame: Frame, cells: Sequence[str], name: str) -> list[Age]:
     return found
 
 
-def _sort(metrics: Iterable[Metric], benchmarks: list[str]) -> tuple[list[Metric], ...]:
+def _sort(frame: Frame, benchmarks: list[str]) -> tuple[list[Metric], ...]:
     """(the chosen metric of each general-ability benchmark, probes of edits, locality, all others), as the study lists
-    them. A benchmark's choice is its "accuracy", else the first of its metrics by name."""
+    them. A benchmark's choice is its "accuracy", else the first by name of those whose values are shares: a loss of
+    anything else, like perplexity, can't be told in points."""
+    metrics = frame.metrics
     ability: dict[str, Metric] = {}
     probes, locality, others = [], [], []
     rank = {name: i for i, name in enumerate(benchmarks)}
@@ -205,85 +319,8 @@ def _sort(metrics: Iterable[Metric], benchmarks: list[str]) -> tuple[list[Metric
             probes.append((benchmark, metric))
         elif kind == KNOWN:
             locality.append((benchmark, metric))
-        elif benchmark not in ability:
+        elif benchmark not in ability and frame.shares((benchmark, metric)):
             ability[benchmark] = (benchmark, metric)
         else:
             others.append((benchmark, metric))
     return list(ability.values()), probes, locality, others
-
-
-class Frame:
-    """The table of scores, cut by (cell, edits, benchmark, metric).
-
-    Its *items* are what statistics count: queries, known by number; but all questions of one metric about one edit
-    are one item, since they stand or fall together. `requests`: cell -> ids of its edits, in their order.
-    """
-
-    def __init__(self, table: Any, requests: Mapping[str, Sequence[str]]) -> None:
-        self._query, queries = _codes(table["query"])
-        self._value: stats.Array = table["value"].to_numpy().astype(float)
-        self._edit = table["edit"].to_numpy()
-        self._answer, self._answers = _codes(table["answer"])
-        self._read: dict[int, Told] = {}
-        codes, names = zip(*(_codes(table[c]) for c in ("cell", "benchmark", "metric")), strict=True)
-        keys = np.stack([codes[0], table["edits"].to_numpy(), codes[1], codes[2]], axis=1)
-        self._item = self._query.copy()
-        known = {r: len(queries) + i for i, r in enumerate(dict.fromkeys(r for ids in requests.values() for r in ids))}
-        for code, cell in enumerate(names[0]):
-            rows = (codes[0] == code) & (self._edit > 0)
-            numbers = np.array([known[r] for r in requests[cell]])
-            self._item[rows] = numbers[self._edit[rows] - 1]
-        order = np.lexsort(keys.T[::-1])
-        cuts = np.flatnonzero(np.any(np.diff(keys[order], axis=0) != 0, axis=1)) + 1
-        self._rows: dict[tuple[str, int, Metric], NDArray[np.intp]] = {}
-        for rows in np.split(order, cuts) if len(keys) else []:
-            cell, edits, benchmark, metric = keys[rows[0]]
-            self._rows[names[0][cell], int(edits), (names[1][benchmark], names[2][metric])] = np.sort(rows)
-        self._edits: dict[tuple[str, Metric], set[int]] = defaultdict(set)
-        for cell, edits, metric in self._rows:
-            self._edits[cell, metric].add(edits)
-        self.metrics: list[Metric] = sorted({metric for _, _, metric in self._rows})
-
-    def snapshots(self, cells: Sequence[str], metric: Metric) -> list[int]:
-        """Numbers of edits at which the metric was measured."""
-        return sorted(set().union(*(self._edits[c, metric] for c in cells if (c, metric) in self._edits)))
-
-    def items(self, cells: Sequence[str], edits: int, metric: Metric) -> Items:
-        """Values of all items, averaged over their questions and over `cells`."""
-        found = [self._rows[c, edits, metric] for c in cells if (c, edits, metric) in self._rows]
-        rows = np.concatenate(found) if found else np.zeros(0, np.intp)
-        items, place = np.unique(self._item[rows], return_inverse=True)
-        return items, np.bincount(place, self._value[rows], len(items)) / np.bincount(place, minlength=len(items))
-
-    def by_edit(self, cell: str, edits: int, metric: Metric) -> list[tuple[int, float]]:
-        """(position of the probe's edit, value) of every row."""
-        rows = self._rows.get((cell, edits, metric))
-        return [] if rows is None else list(zip(self._edit[rows].tolist(), self._value[rows].tolist(), strict=True))
-
-    def told(self, cell: str, edits: int, metric: Metric) -> dict[int, Told]:
-        """Query -> what was answered, where answers were kept."""
-        rows = self._rows.get((cell, edits, metric))
-        if rows is None:
-            return {}
-        told = {}
-        for query, code in zip(self._query[rows].tolist(), self._answer[rows].tolist(), strict=True):
-            if self._answers[code]:
-                if code not in self._read:
-                    self._read[code] = read_answer(self._answers[code])
-                told[query] = self._read[code]
-        return told
-
-
-def _codes(column: Any) -> tuple[NDArray[np.int64], list[str]]:
-    coded = column.combine_chunks().dictionary_encode()
-    if hasattr(coded, "chunks"):
-        coded = coded.combine_chunks()
-    return coded.indices.to_numpy(zero_copy_only=False).astype(np.int64), coded.dictionary.to_pylist()
-
-
-def read_answer(text: str) -> Told:
-    """What a stored answer says: {"text": …} or {"chosen": index, "logprob": [one per choice], …}."""
-    answer = json.loads(text)
-    if "text" in answer:
-        return Told(str(answer["text"]))
-    return Told(int(answer["chosen"]), all(v is not None and math.isfinite(v) for v in answer["logprob"]))

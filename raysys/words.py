@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from typing import Any
 
-from raysys.stats import Budget, Difference, Estimate, State
-from raysys.summary import Metric, Point
+from raysys.budget import Budget, Interval, State
+from raysys.frame import Metric
+from raysys.stats import Difference, Estimate
+from raysys.summary import Point
 
 MINUS = "\u2212"
 SIGNS = {"kept": "✓", "open": "?", "lost": "✗", "collapsed": "⊘"}
@@ -56,12 +58,20 @@ def title(metric: Metric) -> str:
 
 def hover(who: str, point: Point) -> str:
     """All there is to say about one point of a curve, a line each."""
-    lines = [f"{who}, {count(point.edits, 'edit')}", share(point.estimate)]
-    if point.change:
+    lines = [f"{who}, {count(point.edits, 'edit')}"]
+    if not point.void:
+        lines.append(share(point.estimate))
+    if point.change and not point.void:
         lines.append(f"{points(point.change.mean)} points against the base {span(point.change)}")
     if point.collapse:
         lines.append(f"collapsed: {point.collapse}")
     return "\n".join([*lines, count(point.estimate.n, "item")])
+
+
+def between(interval: Interval, measured: int) -> str:
+    """The interval of an edit budget: "5 – 50", "20 – ≥ 100" where the last snapshot is within it."""
+    high = f"≥ {interval.high}" if interval.high == measured else f"{interval.high}"
+    return high if interval.low == interval.high else f"{interval.low} – {high}"
 
 
 def stops(budget: Budget) -> list[tuple[State, str]]:

@@ -10,16 +10,19 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from raysys import charts, words
+from raysys import charts, stats, words
 from raysys.account import account, overlap, times, union
+from raysys.budget import Interval
+from raysys.collapse import read_answer
 from raysys.report import Report
 from raysys.results import Results
 from raysys.spec import StudySpec
 from raysys.stats import Difference, Estimate
-from raysys.summary import Point, Summary, read_answer, summarise
+from raysys.summary import Point, Summary, summarise
 from tests import browser
 from tests.raysys import made
 
@@ -67,6 +70,74 @@ def test_a_collapsed_benchmark_is_named(summary: Summary) -> None:
     assert ft.curves["toxigen", "accuracy"][-1].collapse == "choice 1 on 100% of items"
     assert ft.curves["gsm8k", "accuracy"][-1].collapse == "empty text on 100% of items"
     assert not any(p.collapse for p in ft.curves["mmlu", "accuracy"])
+
+
+def test_collapses_are_marked_in_the_run_folder_and_in_its_scores(results: Results) -> None:
+    results.mark()
+    marked = {(m["benchmark"], m["metric"]) for m in results.collapsed() if "ft_l" in m["cell"] and m["edits"] == 100}
+    assert {("toxigen", "accuracy"), ("gsm8k", "accuracy"), ("gsm8k", "flexible")} == marked
+    rows = [r for r in results.scores().to_pylist() if (r["method"], r["edits"]) == ("ft_l", 100)]
+    assert {r["collapsed"] for r in rows if r["benchmark"] == "toxigen"} == {"choice 1 on 100% of items"}
+    assert {r["collapsed"] for r in rows if r["benchmark"] == "mmlu"} == {""}
+
+
+def test_a_safety_score_of_collapsed_answers_is_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(made.Benchmark, "safety", True, raising=False)
+    run = made.make(made.spec(tmp_path, methods=("ft_l",), snapshots=(0, 1, 100)), items=60)
+    found = Report.of(run)
+    [method] = found.summary.methods
+    worthless = method.curves["toxigen", "accuracy"][-1]
+    assert (worthless.collapse, worthless.void) == ("choice 1 on 100% of items", True)
+    assert not method.curves["mmlu", "accuracy"][-1].void
+    assert ("toxigen", "accuracy") not in method.cells[0].areas
+    value = words.percent(worthless.estimate.mean)
+    assert value not in words.hover("ft_l", worthless)
+    screen = Console(file=io.StringIO(), width=200, record=True)
+    found.show(screen)
+    row = next(line for line in screen.export_text().splitlines() if line.split()[:1] == ["100"])
+    assert row.split()[-3:] == ["collapsed"] * 3  # toxigen, gsm8k and its second metric: none with a number
+    page = found.write().read_text(encoding="utf-8")
+    dots = re.findall(r'data-tip="ft_l, 100 edits\n([^"]*)"', page)
+    assert any(tip.startswith("collapsed: choice 1") for tip in dots)
+
+
+def test_a_void_point_is_a_mark_at_the_bottom_and_cuts_the_line() -> None:
+    dots = [charts.Dot(x, 0.5, 0.4, 0.6, "") for x in (0.0, 0.2)] + [charts.Dot(0.4, 0.9, 0.8, 1.0, "", True, True)]
+    drawn = charts.plot("x", [charts.Line(0, dots)], charts.steps_axis("", ["a"]), (0.0, 1.0, 0.25), None)
+    [points] = re.findall(r'<polyline class="line" points="([^"]*)"', drawn)
+    assert len(points.split()) == 2
+    floor = charts.HEIGHT - charts.BOTTOM
+    assert re.findall(r'transform="translate\(\S+ ([\d.]+)\)"><circle[^>]*/><g class="broken">', drawn) == [
+        f"{floor:.1f}"
+    ]
+
+
+def test_the_area_is_the_mean_height_of_the_curve(summary: Summary) -> None:
+    cell = summary.cells[0]
+    points = cell.curves["mmlu", "accuracy"]
+    weights = stats.area_weights([p.edits for p in points])
+    area = cell.areas["mmlu", "accuracy"]
+    assert area.estimate.mean == pytest.approx(weights @ [p.estimate.mean for p in points])
+    assert area.change.mean == pytest.approx(area.estimate.mean - points[0].estimate.mean)
+
+
+def test_errors_are_pooled_over_the_groups_of_a_benchmark(results: Results, summary: Summary) -> None:
+    rows = results.scores().to_pylist()
+    groups: dict[str, list[float]] = {}
+    for r in rows:
+        if (r["method"], r["benchmark"], r["edits"]) == ("rome", "mmlu", 20):
+            groups.setdefault(r["group"], []).append(r["value"])
+    errors = [stats.standard_error(np.array(v)) for v in groups.values()]
+    point = next(p for p in summary.methods[0].curves["mmlu", "accuracy"] if p.edits == 20)
+    assert point.estimate.error == pytest.approx(stats.pooled_error(errors, [len(v) for v in groups.values()]))
+
+
+def test_the_interval_of_the_budget_is_in_table_and_page(summary: Summary, html: str) -> None:
+    budget = summary.cells[0].budget
+    assert words.between(budget.interval, budget.measured) in html
+    assert words.between(Interval(5, 50), 100) == "5 – 50"
+    assert words.between(Interval(20, 100), 100) == "20 – ≥ 100"
+    assert words.between(Interval(100, 100), 100) == "≥ 100"
 
 
 def test_retention_covers_every_edit_once(summary: Summary) -> None:
