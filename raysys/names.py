@@ -41,6 +41,7 @@ METHODS = {
 }
 BENCHMARKS = {
     "mmlu": "benchmarks.mmlu:Mmlu",
+    "bbh": "benchmarks.bbh:Bbh",
     "gsm8k": "benchmarks.gsm8k:Gsm8k",
     "commonsense_qa": "benchmarks.commonsense_qa:CommonsenseQa",
     "trivia_qa": "benchmarks.trivia_qa:TriviaQa",
