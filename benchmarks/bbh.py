@@ -2,8 +2,9 @@
 
 Suzgun et al., "Challenging BIG-Bench Tasks and Whether Chain-of-Thought Can Solve Them", 2022, arXiv:2210.09261.
 Data: SaylorTwift/bbh on the hub, one config per subtask, split `test` (6,511 rows: 250 per subtask, but
-causal_judgement 187, penguins_in_a_table 146, snarks 178); or the authors' release (bbh/<subtask>.json, cot-prompts/<subtask>.txt); or
-the hub's layout. Descriptions and worked examples are read when they are needed (`bbh_prompts.py`).
+causal_judgement 187, penguins_in_a_table 146, snarks 178); or the authors' release (bbh/<subtask>.json,
+cot-prompts/<subtask>.txt); or the hub's layout. Descriptions and worked examples are read when
+they are needed (`bbh_prompts.py`).
 Prompts, stops, extraction (`bbh_answers.py`) and metric are those of lm-evaluation-harness 0.4.13, to the character:
 `form` "cot_fewshot" is its task bbh (= bbh_cot_fewshot, version 4), the others bbh_fewshot (2), bbh_cot_zeroshot (3)
 and bbh_zeroshot (3). `protocol = "paper"` (Li et al., NeurIPS 2024, arXiv:2410.18785) asks three shots with chains of

@@ -3,7 +3,9 @@
 Cobbe et al., "Training Verifiers to Solve Math Word Problems", 2021, arXiv:2110.14168.
 Data: openai/gsm8k on the hub, config "main": `train` (7,473 rows) gives the shots, `test` (1,319 rows) is scored; or
 the authors' train.jsonl and test.jsonl. The final number follows "#### " in the answer.
-Prompts, shots, stops and both metrics are those of lm-evaluation-harness 0.4.13, task `gsm8k` (version 3).
+Prompts, shots, stops and both metrics are those of lm-evaluation-harness 0.4.13, task `gsm8k` (version 3) and, with
+`form = "cot"`, task `gsm8k_cot` (version 3): the eight chains of thought of Wei et al., NeurIPS 2022, arXiv:2201.11903,
+read when they are needed. `protocol = "paper"` (Li et al., NeurIPS 2024, arXiv:2410.18785) takes these eight.
 """
 
 from __future__ import annotations
@@ -11,10 +13,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from benchmarks import sources
+from benchmarks import exemplars, sources
+from benchmarks.exemplars import Exemplar
 from benchmarks.sources import Placed
 from raysys.types import Answer, Generate, Generated, Query, Score
 
@@ -26,7 +30,9 @@ HUB = sources.Hub(
 )
 STOPS = ("Question:", "</s>", "<|im_end|>")  # the end-of-text token stops too: the engine's business
 SHOT_SEED = 1234  # lm-evaluation-harness' default --seed for shots
+COT_STOPS = ("Q:", "</s>", "<|im_end|>")
 STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
+COT_STRICT = re.compile(r"The answer is (\-?[0-9\.\,]+).")  # takes a digit too few where nothing follows the number
 FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 NO_NUMBER = "[invalid]"
 IGNORED = tuple(map(re.compile, (r",", r"\$", r"(?s).*#### ", r"\.$")))  # removed one after the other
@@ -38,20 +44,25 @@ class Gsm8k:
 
     The harness shows every question other examples, drawn by one random stream over the questions in order, so no
     prefix can be shared. `fixed_shots` shows all of them the first `shots` rows of `train` instead: much faster, and
-    another protocol, which the queries' ids and `extra` say.
+    another protocol, which the queries' ids and `extra` say. `form = "cot"` shows everyone the same eight worked
+    examples, `exemplars`: a file of them (question, target), by default the installed harness' own. `form` and `shots`
+    follow the protocol unless they are given.
     """
 
     data: str = "world"
-    shots: int = 5
+    shots: int | None = None
     limit: int | None = None
     max_tokens: int = 256
     fixed_shots: bool = False
+    form: Literal["worked", "cot"] | None = None
+    protocol: Literal["harness", "paper"] = "harness"
+    exemplars: str = ""
 
     name: ClassVar[str] = "gsm8k"
     version: ClassVar[str] = "1"
 
     def __post_init__(self) -> None:
-        if self.shots < 0:
+        if self.shots is not None and self.shots < 0:
             raise ValueError(f"shots = {self.shots}: a number of examples, 0 or more, is meant")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit = {self.limit}: a number of questions, 1 or more, or leave it out for all")
@@ -59,23 +70,28 @@ class Gsm8k:
             raise ValueError(f"max_tokens = {self.max_tokens}: 1 or more")
 
     @property
-    def protocol(self) -> str:
-        return "fixed shots" if self.fixed_shots else "harness"
+    def _form(self) -> str:
+        return self.form or ("cot" if self.protocol == "paper" else "worked")
 
     def queries(self) -> Iterator[Query]:
         """One query per question, in the order of the data."""
-        wanted = ("train", "test") if self.shots else ("test",)
+        return self._cot() if self._form == "cot" else self._worked()
+
+    def _worked(self) -> Iterator[Query]:
+        """The rows of `train` as examples."""
+        shots = 5 if self.shots is None else self.shots
+        wanted = ("train", "test") if shots else ("test",)
         tables = sources.splits(self.name, self.data, HUB, wanted)
         train = tables.get("train", [])
-        if len(train) < self.shots:
+        if len(train) < shots:
             raise ValueError(
-                f"gsm8k: {len(train)} rows in split 'train' of {self.data!r}, {self.shots} shots wanted. "
+                f"gsm8k: {len(train)} rows in split 'train' of {self.data!r}, {shots} shots wanted. "
                 f"Set shots = {len(train)} or complete the data."
             )
         draw = Random(SHOT_SEED)
-        fixed = "".join(map(example, train[: self.shots])) if self.fixed_shots else ""
+        fixed = "".join(map(example, train[:shots])) if self.fixed_shots else ""
         for number, row in enumerate(tables["test"][: self.limit]):
-            examples = fixed or "".join(map(example, draw.sample(train, self.shots)))
+            examples = fixed or "".join(map(example, draw.sample(train, shots)))
             yield Generate(
                 id=f"gsm8k/{'fixed/' if self.fixed_shots else ''}{number}",
                 prompt=examples + question(row),
@@ -83,13 +99,38 @@ class Gsm8k:
                 gold=final(answer_text(row)),
                 max_tokens=self.max_tokens,
                 shared=fixed,
-                extra={"protocol": self.protocol},
+                extra={"protocol": "fixed shots" if self.fixed_shots else self.protocol},
+            )
+
+    def _cot(self) -> Iterator[Query]:
+        """The chains of thought as examples, the same for every question."""
+        found = chains(self.exemplars)
+        shots = len(found) if self.shots is None else self.shots
+        if len(found) < shots:
+            raise ValueError(
+                f"gsm8k: {len(found)} worked examples, {shots} shots wanted. Set shots = {len(found)} or fewer."
+            )
+        shared = "".join(f"Q: {e.question}\nA: {e.answer}\n\n" for e in found[:shots])
+        rows = sources.splits(self.name, self.data, HUB, ("test",))["test"]
+        for number, row in enumerate(rows[: self.limit]):
+            yield Generate(
+                id=f"gsm8k/cot/{number}",
+                prompt=f"{shared}Q: {sources.text_field(row, 'question')}\nA:",
+                stops=COT_STOPS,
+                gold=final(answer_text(row)),
+                max_tokens=self.max_tokens,
+                shared=shared,
+                extra={"protocol": self.protocol, "form": "cot"},
             )
 
     def score(self, query: Query, answer: Answer) -> Iterator[Score]:
-        """accuracy: the first number after "####" (strict-match); flexible: the last number (flexible-extract)."""
+        """accuracy: the first number after "####" (strict-match); flexible: the last number (flexible-extract).
+
+        In form "cot" the strict number follows "The answer is " and has something behind it.
+        """
         assert isinstance(query, Generate) and isinstance(answer, Generated)
-        for metric, found in (("accuracy", strict(answer.text)), ("flexible", flexible(answer.text))):
+        pattern = COT_STRICT if query.extra.get("form") == "cot" else STRICT
+        for metric, found in (("accuracy", strict(answer.text, pattern)), ("flexible", flexible(answer.text))):
             yield Score(query.id, query.group, metric, float(final(found).lower() == query.gold.lower()))
 
     def chance(self) -> Mapping[str, float]:
@@ -112,9 +153,28 @@ def answer_text(row: Placed) -> str:
     return text
 
 
-def strict(text: str) -> str:
+def chains(file: str) -> list[Exemplar]:
+    """The worked examples of form "cot". Raises ValueError that says how to get them.
+
+    `file`: records of question and target (.json, .jsonl, .parquet), or a task of the harness (.yaml); empty: that of
+    the installed harness.
+    """
+    path, name = Path(file), "lm_eval, gsm8k/gsm8k-cot.yaml"
+    if file and path.suffix not in (".yaml", ".yml"):
+        rows = list(sources.records(path))
+        return [Exemplar(sources.text_field(r, "question"), sources.text_field(r, "target")) for r in rows]
+    found = exemplars.settings(path) if file else exemplars.harness_task("gsm8k", "gsm8k-cot.yaml")
+    if found is None:
+        raise ValueError(
+            'gsm8k: form = "cot" needs worked examples. Set exemplars to a file of them (JSON, an object with question '
+            f"and target each), or install the harness, which has them: {exemplars.INSTALL}."
+        )
+    return exemplars.samples(found, file or name, "question")
+
+
+def strict(text: str, pattern: re.Pattern[str] = STRICT) -> str:
     """The number after the first "#### ", as it stands."""
-    match = STRICT.search(text)
+    match = pattern.search(text)
     return match[1].strip() if match else NO_NUMBER
 
 

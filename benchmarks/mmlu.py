@@ -1,26 +1,31 @@
-"""MMLU: 57 subjects, four options, accuracy by the likeliest answer letter.
+"""MMLU: 57 subjects, four options, accuracy by the likeliest answer letter (or option, or by a generated letter).
 
 Hendrycks et al., "Measuring Massive Multitask Language Understanding", ICLR 2021, arXiv:2009.03300.
 Data: cais/mmlu on the hub, config "all": `dev` (285 rows) gives the shots, `test` (14,042 rows) is scored; or the
 authors' release (dev/<subject>_dev.csv, test/<subject>_test.csv; no header; question, four options, letter).
-Prompts, shots and metric are those of lm-evaluation-harness 0.4.13, task `mmlu`, to the character.
+Prompts, shots and metric are those of lm-evaluation-harness 0.4.13, to the character: `form` "letters" is its task
+`mmlu`, "continuation" `mmlu_continuation` (the likeliest option's text), "generative" `mmlu_generative` (a letter is
+generated). `protocol = "paper"` (Li et al., NeurIPS 2024, arXiv:2410.18785: five shots, generated) takes the last one.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from benchmarks import sources
+from benchmarks import common, sources
 from benchmarks.sources import Placed
 from raysys.names import did_you_mean
-from raysys.types import Answer, Choose, Chosen, Query, Score
+from raysys.types import Answer, Choose, Chosen, Generate, Generated, Query, Score
 
 LETTERS = ("A", "B", "C", "D")
+STOPS = ("</s>", "\n")  # of the generative form
+BARE = str.maketrans("", "", string.punctuation)  # ASCII punctuation in a generated letter is not compared
 HUB = sources.Hub(
     id="cais/mmlu",
     config="all",
@@ -54,21 +59,27 @@ CATEGORY: Mapping[str, str] = {subject: name for name, subjects in CATEGORIES.it
 
 
 class Item(NamedTuple):
-    """A checked row: its question as it is shown, and the index of the right option."""
+    """A checked row: its question as letters are asked for, the index of the right option, question and options."""
 
     text: str
     answer: int
+    question: str
+    options: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mmlu:
-    """`data`: "world" (built in), "hub" or a folder; `limit`: questions per subject; `subjects`: all when empty."""
+    """`data`: "world" (built in), "hub" or a folder; `limit`: questions per subject; `subjects`: all when empty.
+
+    `form` follows the protocol unless it is given: "letters" for the harness', "generative" for the paper's.
+    """
 
     data: str = "world"
     shots: int = 5  # as in the paper; lm-evaluation-harness itself defaults to none
     limit: int | None = None
     subjects: tuple[str, ...] = ()
-    protocol: Literal["harness"] = "harness"
+    form: Literal["letters", "continuation", "generative"] | None = None
+    protocol: Literal["harness", "paper"] = "harness"
 
     name: ClassVar[str] = "mmlu"
     version: ClassVar[str] = "1"
@@ -78,6 +89,10 @@ class Mmlu:
             raise ValueError(f"shots = {self.shots}: a number of examples, 0 or more, is meant")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit = {self.limit}: questions per subject, 1 or more, or leave it out for all")
+
+    @property
+    def _form(self) -> str:
+        return self.form or ("generative" if self.protocol == "paper" else "letters")
 
     def queries(self) -> Iterator[Query]:
         """One query per question: subjects in alphabetical order, questions in the order of the data."""
@@ -92,26 +107,72 @@ class Mmlu:
                     f"mmlu {subject!r}: {len(examples)} rows in split 'dev' of {self.data!r}, {self.shots} shots "
                     f"wanted. Set shots = {len(examples)} or complete the data."
                 )
-            shared = header(subject) + "".join(f"{e.text} {LETTERS[e.answer]}\n\n" for e in examples)
+            shared = self._header(subject) + "".join(map(self._example, examples))
             for number, row in enumerate(test[subject][: self.limit]):
-                asked = item(row)
-                yield Choose(
-                    id=f"mmlu/{subject}/{number}",
-                    prompt=shared + asked.text,
-                    choices=tuple(f" {letter}" for letter in LETTERS),
-                    gold=asked.answer,
-                    group=subject,
-                    shared=shared,
-                    extra={"category": CATEGORY.get(subject, "")},
-                )
+                yield self._query(subject, number, shared, item(row))
+
+    def _query(self, subject: str, number: int, shared: str, asked: Item) -> Query:
+        extra = {"category": CATEGORY.get(subject, "")}
+        if self._form == "letters":
+            return Choose(
+                id=f"mmlu/{subject}/{number}",
+                prompt=shared + asked.text,
+                choices=tuple(f" {letter}" for letter in LETTERS),
+                gold=asked.answer,
+                group=subject,
+                shared=shared,
+                extra=extra,
+            )
+        extra |= {"form": self._form, "protocol": self.protocol}
+        if self._form == "continuation":
+            return Choose(
+                id=f"mmlu/continuation/{subject}/{number}",
+                prompt=f"{shared}Question: {asked.question}\nAnswer:",
+                choices=tuple(f" {option}" for option in asked.options),
+                gold=asked.answer,
+                group=subject,
+                shared=shared,
+                extra=extra,
+            )
+        return Generate(
+            id=f"mmlu/generative/{subject}/{number}",
+            prompt=shared + asked.text,
+            stops=STOPS,
+            gold=LETTERS[asked.answer],
+            group=subject,
+            shared=shared,
+            extra=extra,
+        )
+
+    def _header(self, subject: str) -> str:
+        """What comes before the examples."""
+        return header(subject).replace("multiple choice ", "") if self._form == "continuation" else header(subject)
+
+    def _example(self, shown: Item) -> str:
+        if self._form == "continuation":
+            return f"Question: {shown.question}\nAnswer: {shown.options[shown.answer]}\n\n"
+        return f"{shown.text} {LETTERS[shown.answer]}\n\n"
 
     def score(self, query: Query, answer: Answer) -> Iterator[Score]:
-        """accuracy: 1 when the right letter is the likeliest; ties go to the earlier letter."""
-        assert isinstance(query, Choose) and isinstance(answer, Chosen)
+        """accuracy: 1 when the right letter (or option, or generated letter) is given; ties go to the earlier one.
+
+        accuracy_norm, in form "continuation": the same by log-probability per character of the option.
+        """
+        if isinstance(query, Generate):
+            assert isinstance(answer, Generated)
+            said = answer.text.partition("\n")[0].strip().lower().translate(BARE)
+            yield Score(query.id, query.group, "accuracy", float(said == query.gold.lower()))
+            return
+        assert isinstance(answer, Chosen)
         yield Score(query.id, query.group, "accuracy", float(answer.best == query.gold))
+        if query.extra.get("form") == "continuation":
+            lengths = [max(len(choice) - 1, 1) for choice in query.choices]  # the blank before an option isn't counted
+            chosen = common.best(answer, lambda i, logprob: logprob / lengths[i])
+            yield Score(query.id, query.group, "accuracy_norm", float(chosen == query.gold))
 
     def chance(self) -> Mapping[str, float]:
-        return {"accuracy": 1 / len(LETTERS)}
+        guess = 1 / len(LETTERS)
+        return {"accuracy": guess} | ({"accuracy_norm": guess} if self._form == "continuation" else {})
 
     def _original(self, folder: Path, split: str) -> list[Placed] | None:
         """The authors' release, only the subjects that are needed; None when `folder` holds something else."""
@@ -150,7 +211,7 @@ def item(row: Placed) -> Item:
         count = f"{len(choices)} entries" if isinstance(choices, list) else type(choices).__name__
         raise ValueError(f"{row.place}: field 'choices' must be a list of {len(LETTERS)} texts, not {count}.")
     options = "".join(f"\n{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=True))
-    return Item(question.strip() + options + "\nAnswer:", _answer(row))
+    return Item(question.strip() + options + "\nAnswer:", _answer(row), question.strip(), tuple(choices))
 
 
 def _answer(row: Placed) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import exemplars
 from benchmarks.gsm8k import Gsm8k
 from raysys.types import Generate, Generated
 
@@ -103,3 +104,46 @@ def test_settings_out_of_range_are_refused(settings: dict[str, int]) -> None:
     [(name, value)] = settings.items()
     with pytest.raises(ValueError, match=f"{name} = {value}"):
         Gsm8k(**settings)  # type: ignore[arg-type]
+
+
+def chains(place: Path) -> str:
+    file = place / "chains.json"
+    file.write_text(json.dumps([{"question": f"What is {i}?", "target": f"It is. The answer is {i}."} for i in (1, 2)]))
+    return str(file)
+
+
+@pytest.mark.parametrize("settings", [{"form": "cot"}, {"protocol": "paper"}])
+def test_chains_of_thought_are_shown_to_every_question(tmp_path: Path, settings: dict[str, Any]) -> None:
+    first, *_, last = ask(folder_of(tmp_path), exemplars=chains(tmp_path), **settings)
+    shared = "Q: What is 1?\nA: It is. The answer is 1.\n\nQ: What is 2?\nA: It is. The answer is 2.\n\n"
+    assert first.prompt == shared + "Q: Tom has 3 pens and gets 1,000.\nA:"
+    assert first.shared == last.shared == shared
+    assert (first.id, first.gold, first.stops) == ("gsm8k/cot/0", "1003", ("Q:", "</s>", "<|im_end|>"))
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "flexible"),
+    [
+        (" The answer is 1,003.", 1, 1),
+        (" The answer is 1003", 0, 1),  # the last digit is taken for the full stop
+        ("#### 1003", 0, 1),
+        ("The answer is $1003.", 0, 1),
+        ("The answer is 7. The answer is 1003.", 0, 1),
+    ],
+)
+def test_a_chain_of_thought_ends_in_the_answer_is(tmp_path: Path, text: str, strict: int, flexible: int) -> None:
+    query = ask(folder_of(tmp_path), exemplars=chains(tmp_path), form="cot")[0]
+    scores = {s.metric: s.value for s in Gsm8k().score(query, Generated(text, 9))}
+    assert scores == {"accuracy": strict, "flexible": flexible}
+
+
+def test_missing_or_too_few_chains_of_thought_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = folder_of(tmp_path)
+    with pytest.raises(ValueError, match=r"2 worked examples, 3 shots wanted\. Set shots = 2"):
+        ask(data, form="cot", shots=3, exemplars=chains(tmp_path))
+    (tmp_path / "task.yaml").write_text("task: mine\n")
+    with pytest.raises(ValueError, match=r"task\.yaml: no built-in samples"):
+        ask(data, form="cot", exemplars=str(tmp_path / "task.yaml"))
+    monkeypatch.setattr(exemplars, "harness_task", lambda *_: None)
+    with pytest.raises(ValueError, match=r"Set exemplars to a file.*or install the harness"):
+        ask(data, form="cot")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from importlib import util
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from benchmarks.gsm8k import Gsm8k
 from benchmarks.mmlu import CATEGORY, Mmlu, release_rows
 from benchmarks.sources import records
-from raysys.types import Choose, Generate, Generated
+from raysys.types import Choose, Chosen, Generate, Generated, Scored
 
 if util.find_spec("lm_eval") is None:
     pytest.skip("lm_eval is not installed: pip install 'raysys[harness]'", allow_module_level=True)
@@ -84,6 +85,69 @@ def test_gsm8k_asks_and_scores_as_the_harness_does(shared: Path, shots: int) -> 
 
     for query, instance in zip(ours, task.instances, strict=True):
         for reply in [*REPLIES, rows["test"][instance.doc_id]["answer"], f"so it is {query.gold}"]:
+            instance.resps, instance.filtered_resps = [reply], {}
+            task._instances = [instance]
+            task.apply_filters()
+            theirs = [
+                task.process_results(instance.doc, [instance.filtered_resps[name]])["exact_match"]
+                for name in ("strict-match", "flexible-extract")
+            ]
+            assert [s.value for s in Gsm8k().score(query, Generated(reply, 1))] == theirs, reply
+
+
+@pytest.mark.parametrize("shots", [0, 5])
+@pytest.mark.parametrize("form", ["continuation", "generative"])
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_other_forms_of_mmlu_ask_and_score_as_the_harness_does(
+    shared: Path, subject: str, form: Any, shots: int
+) -> None:
+    data = shared / "data" / "mmlu"
+    rows = {s: [dict(r.row) for r in release_rows(data / s / f"{subject}_{s}.csv", subject)] for s in ("dev", "test")}
+    task = harness_task(f"mmlu/{form}", f"mmlu_{subject}", rows, shots)
+    task.build_all_requests(limit=40)
+    ours = list(Mmlu(data=str(data), shots=shots, subjects=(subject,), limit=40, form=form).queries())
+    if form == "generative":
+        asked = [q for q in ours if isinstance(q, Generate)]
+        assert [i.args[0] for i in task.instances] == [q.prompt for q in asked]
+        assert [tuple(i.args[1]["until"]) for i in task.instances] == [q.stops for q in asked]
+        assert [task.doc_to_target(i.doc) for i in task.instances] == [q.gold for q in asked]
+        for query, instance in zip(asked[:8], list(task.instances), strict=False):
+            for reply in ["", " A", "b.", " (C) ", "D\nB", "\nA", "A B", "**a**", "Answer: A", " \t D \r"]:
+                instance.resps, instance.filtered_resps = [reply], {}
+                task._instances = [instance]
+                task.apply_filters()
+                (theirs,) = task.process_results(instance.doc, [instance.filtered_resps["get_response"]]).values()
+                assert [s.value for s in Mmlu().score(query, Generated(reply, 1))] == [theirs], reply
+        return
+    choices = [q for q in ours if isinstance(q, Choose)]
+    assert [(i.args[0], i.args[1]) for i in task.instances] == [(q.prompt, c) for q in choices for c in q.choices]
+    draw = Random(subject)
+    for choice, doc in zip(choices, task.test_docs(), strict=False):
+        for _ in range(5):
+            logs = [draw.uniform(-60, -1) for _ in choice.choices]
+            theirs = task.process_results(doc, [(value, False) for value in logs])
+            answer = Chosen(tuple(Scored(value, 3, 0) for value in logs))
+            assert [s.value for s in Mmlu().score(choice, answer)] == [theirs["acc"], theirs["acc_norm"]]
+
+
+@pytest.mark.parametrize("shots", [0, 8])
+def test_gsm8k_with_chains_of_thought_asks_and_scores_as_the_harness_does(shared: Path, shots: int) -> None:
+    data = shared / "data" / "gsm8k"
+    rows = {"test": [dict(r.row) for r in records(data / "test.jsonl")]}
+    task = harness_task("gsm8k", "gsm8k-cot", rows, shots)
+    task.build_all_requests(limit=200)
+    settings: dict[str, Any] = {"protocol": "paper"} if shots else {"form": "cot", "shots": 0}
+    ours = [q for q in Gsm8k(data=str(data), limit=200, **settings).queries() if isinstance(q, Generate)]
+    assert [i.args[0] for i in task.instances] == [q.prompt for q in ours]
+    assert [tuple(i.args[1]["until"]) for i in task.instances] == [q.stops for q in ours]
+    replies = [
+        "The answer is 12",
+        "The answer is 12.",
+        "so. The answer is $1,200.",
+        "The answer is -3. The answer is 4.",
+    ]
+    for query, instance in zip(ours[:40], list(task.instances), strict=False):
+        for reply in [*REPLIES, *replies, f" 1 + 1. The answer is {query.gold}."]:
             instance.resps, instance.filtered_resps = [reply], {}
             task._instances = [instance]
             task.apply_filters()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.mmlu import CATEGORIES, Mmlu
-from raysys.types import Choose, Chosen, Scored
+from raysys.types import Choose, Chosen, Generate, Generated, Scored
 
 DEV = [["What is 1 + 1?", "1", "2", "3", "4", "B"], [" Which is a metal? ", "Iron", "Wood", "Salt", "Milk", "A"]]
 TEST = [["What is\n2 + 2, then?", "1", "2", "3", "4", "D"], ["Which flies?", "Cow", "Owl", "Eel", "Ant", "B"]]
@@ -177,3 +177,28 @@ def test_a_missing_field_is_named(tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text(json.dumps(row))
     with pytest.raises(ValueError, match=r"record 1 .*field 'answer' is missing. There are: 'question', 'subject'"):
         ask(tmp_path, shots=0)
+
+
+def test_the_options_own_text_is_asked_in_the_continuation_form(tmp_path: Path) -> None:
+    first, second = ask(release(tmp_path), form="continuation", shots=1)
+    head = "The following are questions (with answers) about high school physics.\n\n"
+    assert first.prompt == f"{head}Question: What is 1 + 1?\nAnswer: 2\n\nQuestion: What is\n2 + 2, then?\nAnswer:"
+    assert first.choices == (" 1", " 2", " 3", " 4") and second.choices[1] == " Owl"
+    assert first.id == "mmlu/continuation/high_school_physics/0"
+
+
+def test_the_normed_accuracy_counts_characters_without_the_blank(tmp_path: Path) -> None:
+    rows = [["Which?", "Ox", "Elephant", "Horses", "Donkey", "B"]]
+    query = ask(release(tmp_path, test=rows), form="continuation", shots=0)[0]
+    answer = Chosen(tuple(Scored(value, 3, 0) for value in (-2.0, -7.0, -6.0, -6.0)))  # per character: 1, 0.875, 1, 1
+    scores = {s.metric: s.value for s in Mmlu().score(query, answer)}
+    assert scores == {"accuracy": 0, "accuracy_norm": 1}
+    assert set(Mmlu(form="continuation").chance()) == set(scores)
+
+
+def test_the_papers_protocol_generates_a_letter(tmp_path: Path) -> None:
+    first, *_ = Mmlu(data=str(release(tmp_path)), protocol="paper", shots=2).queries()
+    assert isinstance(first, Generate) and first.prompt == WORKED and (first.gold, first.stops) == ("D", ("</s>", "\n"))
+    for text, worth in ((" D", 1), ("d.", 1), ("(D)\nx", 1), ("D 4", 0), ("", 0), ("A", 0)):
+        assert [s.value for s in Mmlu().score(first, Generated(text, 1))] == [worth]
+    assert isinstance(ask(tmp_path, protocol="paper", form="letters", shots=2)[0], Choose)  # what is said wins
