@@ -104,6 +104,7 @@ def _letter(text: str, at: int, known: Sequence[str]) -> str | None:
     """A letter in brackets; else an option's own text, the longest first; else a bare letter behind a colon."""
     if found := _pick(LETTER, text, at):
         return found
+    known = known[:26]  # letters A to Z
     letters = {bare(option): f"({chr(ord('A') + i)})" for i, option in enumerate(known)}
     names = [re.escape(bare(option)) for option in known]
     pattern = re.compile("|".join(sorted(names, key=len, reverse=True)))
@@ -126,7 +127,7 @@ def _punctuation() -> dict[int, None]:
 
 def _in_order(text: str, words: Sequence[str]) -> str:
     """The listed words in the order in which the reply says each for the last time."""
-    said = re.findall("|".join(rf"\b{word}\b" for word in words), text)
+    said = re.findall("|".join(rf"\b{re.escape(word)}\b" for word in words), text)
     last = dict.fromkeys(reversed(said))
     return " ".join(reversed(last))
 

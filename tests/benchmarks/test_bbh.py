@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import pytest
 
-from benchmarks import bbh_prompts, exemplars
+from benchmarks import bbh_answers, bbh_prompts, exemplars
 from benchmarks.bbh import Bbh
 from raysys.types import Generate, Generated
 
@@ -184,3 +184,8 @@ def test_the_hub_is_pinned_and_its_rows_are_counted(monkeypatch: pytest.MonkeyPa
         ask("hub", subtasks=("snarks",))
     assert seen == [("SaylorTwift/bbh", "snarks", "test", bbh_prompts.hub("snarks").revision)]
     assert sum(bbh_prompts.ROWS.values()) == 6_511 and len(bbh_prompts.hub("snarks").revision) == 40
+
+
+def test_words_and_options_of_any_kind_can_be_scored() -> None:
+    assert bbh_answers.extracted("word_sorting", "a c++ b", 0, ["c++", "b", "a"]) == "a b"
+    assert bbh_answers.extracted("snarks", "Answer: C", 0, [f"option {i}" for i in range(40)]) == "(C)"
