@@ -24,7 +24,9 @@ from benchmarks.sources import Placed, what
 from raysys.types import EditCase, EditRequest, Probe
 
 Target = Literal["alt", "answers"]
-CUSTOM_FIELDS = {"prompt", "subject", "target", "was", "paraphrases", "neighbourhood", "portability", "id"}
+CUSTOM_FIELDS = {
+    "prompt", "subject", "target", "was", "paraphrases", "neighbourhood", "portability", "multi_hop", "id",
+}  # fmt: skip
 
 
 class BadRecord(ValueError):
@@ -54,7 +56,7 @@ def rome(record: Placed, dataset: str = "counterfact") -> EditCase:
     place = record.place
     rewrite = record.row["requested_rewrite"]
     if not isinstance(rewrite, dict):
-        several = " (MQuAKE's chains of edits are not CounterFact records)" if isinstance(rewrite, list) else ""
+        several = ' (for MQuAKE\'s chains of edits say dataset = "mquake")' if isinstance(rewrite, list) else ""
         raise BadRecord(place, f"field 'requested_rewrite' must be an object, not {what(rewrite)}{several}.")
     inner = Placed(place, rewrite)
     within = "requested_rewrite."
@@ -135,12 +137,16 @@ def custom(record: Placed) -> EditCase:
          "paraphrases": ["Freedonia's capital is"],
          "neighbourhood": [{"prompt": "The capital of France is", "answer": "Paris"}],
          "portability": [{"prompt": "Freedonia's capital lies in", "answer": "Scotland", "was": "Norway"}],
+         "multi_hop": [{"prompt": "Who governs the capital of Freedonia?", "answer": "Groucho", "was": "Trentino",
+                        "aliases": ["G. Marx"], "needs": ["glasgow-2"]}],
          "id": "freedonia-1"}
 
     `prompt` has {} in the subject's place, or holds the subject itself; `target` is what the model is to say. The
     rest is optional: `was`, what it says now and the rival of the new answer; `neighbourhood`, what must not change;
-    `portability`, what follows from the edit (`was`: the answer before it); `id`, else the record's number. Others are
-    ignored, unless their name is nearly one of these.
+    `portability`, what follows from the edit (`was`: the answer before it); `multi_hop`, what follows from this edit
+    and those with the ids in `needs`: asked once all are made, and left out where a study lacks one (`aliases`: other
+    names of the answer, accepted in free text); `id`, else the record's number. Others are ignored, unless their name
+    is nearly one of these.
     """
     for field in record.row:
         near = difflib.get_close_matches(field, sorted(CUSTOM_FIELDS), n=1, cutoff=0.75)
@@ -161,7 +167,15 @@ def custom(record: Placed) -> EditCase:
         paraphrases=texts(record, "paraphrases") if "paraphrases" in record.row else [],
         neighbourhood=[(text(o, "prompt", n), text(o, "answer", n)) for n, o in neighbourhood],
         portability=consequences(record),
+        multi_hop=[_hops(o, n) for n, o in objects(record, "multi_hop")],
     )
+
+
+def _hops(record: Placed, within: str) -> Probe:
+    needs, aliases = (texts(record, f, within) if f in record.row else [] for f in ("needs", "aliases"))
+    was = text(record, "was", within).strip() if record.row.get("was") is not None else None
+    prompt, answer = text(record, "prompt", within).rstrip(), text(record, "answer", within).strip()
+    return Probe("multi_hop", prompt, answer, was, tuple(aliases), tuple(f"json/{n}" for n in needs))
 
 
 # --- from fields to a case -------------------------------------------------------------------------------------------
@@ -211,6 +225,7 @@ def edit_case(
     paraphrases: Iterable[str],
     neighbourhood: Iterable[tuple[str, str]],
     portability: Iterable[tuple[str, str, str | None]] = (),
+    multi_hop: Iterable[Probe] = (),
 ) -> EditCase:
     """The request with its probes: the rewrite itself first, then paraphrases, neighbours and consequences.
 
@@ -228,6 +243,7 @@ def edit_case(
             Probe("portability", prompt.rstrip(), answer.strip(), wrong.strip() if wrong is not None else None)
             for prompt, answer, wrong in portability
         ),
+        *multi_hop,
     ]
     for probe in probes:
         if not probe.right or not probe.prompt:
@@ -253,10 +269,10 @@ def text(record: Placed, field: str, within: str = "") -> str:
     return value
 
 
-def texts(record: Placed, field: str) -> list[str]:
-    value = _value(record, field, "")
+def texts(record: Placed, field: str, within: str = "") -> list[str]:
+    value = _value(record, field, within)
     if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-        raise BadRecord(record.place, f"field {field!r} must be a list of texts, not {what(value)}.")
+        raise BadRecord(record.place, f"field {within + field!r} must be a list of texts, not {what(value)}.")
     return value
 
 
@@ -268,11 +284,11 @@ def nested(record: Placed, field: str, within: str = "") -> dict[str, Any]:
 
 
 def objects(record: Placed, field: str) -> list[tuple[str, Placed]]:
-    """The objects of an optional list, each with the prefix that names it in messages."""
+    """The objects of an optional list, each with the prefix that names it in messages, and its number from 1."""
     value = record.row.get(field) or []
     if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
         raise BadRecord(record.place, f"field {field!r} must be a list of objects, not {what(value)}.")
-    return [(f"{field}[{i}].", Placed(record.place, v)) for i, v in enumerate(value)]
+    return [(f"{field}[{i}].", Placed(record.place, v, i + 1)) for i, v in enumerate(value)]
 
 
 def fields(record: Placed) -> str:

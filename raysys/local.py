@@ -88,7 +88,7 @@ def world(model: Model, limit: int | None = None) -> Iterator[tuple[str, str, Es
             yield what, metric.partition("/")[2], figure, None
     for name in names.BENCHMARKS:
         cls = names.benchmark(name)
-        if getattr(cls, "about", None):  # edits, not skill
+        if getattr(cls, "about", None) or not getattr(cls, "ability", True):  # edits, not skill
             continue
         benchmark = names.build(cls, {"data": "world"}, name)
         shown = benchmark if limit is None else _First(benchmark, limit)

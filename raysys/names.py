@@ -49,11 +49,14 @@ BENCHMARKS = {
     "toxigen": "benchmarks.toxigen:Toxigen",
     "probes": "benchmarks.probes:Probes",
     "locality": "benchmarks.probes:Locality",
+    "fluency": "benchmarks.fluency:Fluency",
+    "perplexity": "benchmarks.perplexity:Perplexity",
 }
 DATASETS = {
     "world": "benchmarks.edits:World",
     "counterfact": "benchmarks.edits:CounterFact",
     "zsre": "benchmarks.edits:Zsre",
+    "mquake": "benchmarks.mquake:Mquake",
     "json": "benchmarks.edits:Custom",
 }
 

@@ -170,7 +170,9 @@ def _retention(summary: Summary) -> RenderableType:
     for method in summary.methods:
         for protocol, ages in method.ages.items():
             held = {a.label: percent(a.estimate.mean) for a in ages}
-            row = (f"{method.method}, {PROTOCOLS[protocol]}", *(held.get(label, "–") for label in labels))
+            kind, _, way = protocol.rpartition("/")
+            who = f"{method.method}{', multi-hop' if kind else ''}, {PROTOCOLS[way]}"
+            row = (who, *(held.get(label, "–") for label in labels))
             table.add_row(*map(Text, row))
     return table
 

@@ -237,11 +237,13 @@ def _edits(summary: Summary) -> Iterable[str]:
                 _curve(methods, k, PROTOCOLS[p]) for p in PROTOCOLS for k in summary.probes if k[1] == f"{kind}/{p}"
             ]
             if any(figures):
-                parts.append(f'<h3>{kind.capitalize()}</h3><p class="note">{words.ABOUT[kind]}</p>')
+                parts.append(f'<h3>{words.kind(kind)}</h3><p class="note">{words.ABOUT[kind]}</p>')
                 parts.append(f'<div class="charts">{"".join(figures)}</div>')
         groups = [
             ("Retention by age", "At the last snapshot: do edits still hold, by how many edits came after them?",
              [_ages(methods, p) for p in PROTOCOLS]),
+            ("Retention by age, multi-hop questions", "By how many edits came after the last one needed.",
+             [_ages(methods, f"multi_hop/{p}") for p in PROTOCOLS]),
             ("Held-out facts", "Facts that were never edited: does the model still know them?",
              [_curve(methods, k, _protocol(k)) for k in summary.locality]),
         ]  # fmt: skip
@@ -279,8 +281,9 @@ def _ages(methods: Sequence[MethodView], protocol: str) -> str:
             dots.append(Dot(place, e.mean, e.low, e.high, tip))
         lines.append(Line(i, dots))
     axis: Axis = charts.steps_axis("edits since", labels)
-    name = f"Retention by age, {PROTOCOLS[protocol]}"
-    return _figure(PROTOCOLS[protocol], "", charts.plot(name, lines, axis, (0.0, 1.0, 0.25), None))
+    way = PROTOCOLS[protocol.rpartition("/")[2]]
+    name = f"Retention by age, {'multi-hop questions, ' if '/' in protocol else ''}{way}"
+    return _figure(way, "", charts.plot(name, lines, axis, (0.0, 1.0, 0.25), None))
 
 
 # --- tables and facts ------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def edits_table(cell: CellView, probes: Sequence[Metric], locality: Sequence[Met
     groups = []
     for kind in KINDS:
         by_protocol = [m for p in PROTOCOLS for m in probes if m[1] == f"{kind}/{p}" and m in cell.curves]
-        groups.append((kind.capitalize(), by_protocol))
+        groups.append((words.kind(kind), by_protocol))
     groups.append(("Held-out facts", [m for m in locality if m in cell.curves]))
     groups = [(name, metrics) for name, metrics in groups if metrics]
     if not groups:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from raysys.results import Cell, Results
     from raysys.spec import StudySpec
 
-KINDS = ("efficacy", "paraphrase", "neighbourhood", "portability")
+KINDS = ("efficacy", "paraphrase", "neighbourhood", "portability", "multi_hop")
+AGED = ("efficacy", "multi_hop")  # kinds whose retention by age is told
 PROTOCOLS = {"probability": "P(right) > P(wrong)", "forced": "teacher-forced", "free": "free generation"}
 KNOWN = "known"  # metrics of facts that were never edited
 
@@ -88,8 +89,8 @@ class CellView:
 
 @dataclass(frozen=True)
 class MethodView:
-    """One method on one model, over its edit orders. `ages`: protocol -> retention at the last snapshot. `interval`:
-    of the edit budget, over items and edit orders."""
+    """One method on one model, over its edit orders. `ages`: protocol -> retention of edits at the last snapshot, for
+    multi-hop questions "multi_hop/protocol". `interval`: of the edit budget, over items and edit orders."""
 
     model: str
     method: str
@@ -133,8 +134,8 @@ class Summary:
 def summarise(results: Results, delta: float = stats.DELTA) -> Summary:
     """Read the scores of a study, finished or not, and work everything out."""
     frame = _frame(results)
-    safety, titles = _safety(results.spec), [b.title for b in results.spec.benchmarks]
-    ability, probes, locality, others = _sort(frame, titles)
+    safety = _safety(results.spec)
+    ability, probes, locality, others = _sort(frame, results.spec)
     methods: dict[tuple[str, str], list[Cell]] = defaultdict(list)
     for cell in results.cells():
         methods[cell.model, cell.method].append(cell)
@@ -143,7 +144,8 @@ def summarise(results: Results, delta: float = stats.DELTA) -> Summary:
         made = [_cell(frame, c, ability, others, safety, delta) for c in cells]
         ids = [c.id for c in cells]
         merged = made[0].curves if len(made) == 1 else _curves(frame, ids, [*ability, *others], safety)
-        ages = {p: found for p in PROTOCOLS if (found := _ages(frame, ids, f"efficacy/{p}"))}
+        aged = {p if k == "efficacy" else f"{k}/{p}": f"{k}/{p}" for k in AGED for p in PROTOCOLS}
+        ages = {title: found for title, name in aged.items() if (found := _ages(frame, ids, name))}
         between = made[0].budget.interval if len(made) == 1 else _interval(frame, made, ability, delta)
         views.append(MethodView(model, method, made, merged, ages, between))
     return Summary(views, ability, locality, probes, others, delta)
@@ -152,7 +154,7 @@ def summarise(results: Results, delta: float = stats.DELTA) -> Summary:
 def collapsed(results: Results) -> list[dict[str, str | int]]:
     """Every snapshot and metric whose answers are worth nothing: cell, edits, benchmark, metric, reason."""
     frame, safety = _frame(results), _safety(results.spec)
-    ability, _, _, others = _sort(frame, [b.title for b in results.spec.benchmarks])
+    ability, _, _, others = _sort(frame, results.spec)
     found: list[dict[str, str | int]] = []
     for cell in results.cells():
         for metric in (*ability, *others):
@@ -174,15 +176,18 @@ def _frame(results: Results) -> Frame:
 
 def _safety(spec: StudySpec) -> frozenset[str]:
     """Titles of the benchmarks that say of themselves that they measure safety."""
-    found = set()
+    return frozenset(title for title, safe in _said(spec, "safety", False).items() if safe)
+
+
+def _said(spec: StudySpec, what: str, otherwise: bool) -> dict[str, bool]:
+    """What every benchmark says of itself in a class variable, by title; a plug-in not installed here says nothing."""
+    found = {}
     for part in spec.benchmarks:
         try:
-            safe = getattr(names.benchmark(part.name), "safety", False)
-        except ValueError:  # a plug-in that is not installed here
+            found[part.title] = bool(getattr(names.benchmark(part.name), what, otherwise))
+        except ValueError:
             continue
-        if safe:
-            found.add(part.title)
-    return frozenset(found)
+    return found
 
 
 def _cell(
@@ -305,11 +310,12 @@ def _ages(frame: Frame, cells: Sequence[str], name: str) -> list[Age]:
     return found
 
 
-def _sort(frame: Frame, benchmarks: list[str]) -> tuple[list[Metric], ...]:
+def _sort(frame: Frame, spec: StudySpec) -> tuple[list[Metric], ...]:
     """(the chosen metric of each general-ability benchmark, probes of edits, locality, all others), as the study lists
     them. A benchmark's choice is its "accuracy", else the first by name of those whose values are shares: a loss of
-    anything else, like perplexity, can't be told in points."""
-    metrics = frame.metrics
+    anything else can't be told in points. One that says `ability = False` of itself, like perplexity, has none."""
+    metrics, benchmarks = frame.metrics, [b.title for b in spec.benchmarks]
+    able = _said(spec, "ability", True)
     ability: dict[str, Metric] = {}
     probes, locality, others = [], [], []
     rank = {name: i for i, name in enumerate(benchmarks)}
@@ -319,7 +325,7 @@ def _sort(frame: Frame, benchmarks: list[str]) -> tuple[list[Metric], ...]:
             probes.append((benchmark, metric))
         elif kind == KNOWN:
             locality.append((benchmark, metric))
-        elif benchmark not in ability and frame.shares((benchmark, metric)):
+        elif benchmark not in ability and able.get(benchmark, True) and frame.shares((benchmark, metric)):
             ability[benchmark] = (benchmark, metric)
         else:
             others.append((benchmark, metric))

@@ -42,7 +42,7 @@ class EditRequest:
         return self.target if self.target[:1].isspace() else " " + self.target
 
 
-ProbeKind = Literal["rewrite", "paraphrase", "neighbourhood", "portability"]
+ProbeKind = Literal["rewrite", "paraphrase", "neighbourhood", "portability", "multi_hop"]
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,18 @@ class Probe:
 
     rewrite, paraphrase: right = the new target, wrong = the old one. neighbourhood: right = the (unchanged) truth
     of another subject, wrong = the new target. portability: right = the answer that follows from the edit,
-    wrong = the answer before it. `wrong` is None where the data hold no rival.
+    wrong = the answer before it; multi_hop: the same of a question whose answer takes several facts. `wrong` is None
+    where the data hold no rival. `aliases` are as right as `right` in free text. The question makes sense once the
+    edits with the ids `needs` are made too, and as long as none is made of the prompts in `keeps`.
     """
 
     kind: ProbeKind
     prompt: str
     right: str
     wrong: str | None = None
+    aliases: Sequence[str] = ()
+    needs: Sequence[str] = ()
+    keeps: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,13 @@ ABOUT = {
     "paraphrase": "The edited fact, asked in other words.",
     "neighbourhood": "Facts about other subjects, which must stay as they were.",
     "portability": "What follows from the edited fact.",
+    "multi_hop": "What follows from several facts, edited ones among them, asked once all of them are edited.",
 }
+
+
+def kind(name: str) -> str:
+    """A kind of probe in a heading: "Multi-hop"."""
+    return name.replace("_", "-").capitalize()
 
 
 def percent(share: float, digits: int = 1) -> str:

@@ -52,6 +52,7 @@ OWN = {
     "paraphrases": ["France's capital is"],
     "neighbourhood": [{"prompt": "Italy is ruled from", "answer": "Rome"}],
     "portability": [{"prompt": "France's capital lies on the", "answer": "Tiber", "was": "Seine"}],
+    "multi_hop": [{"prompt": "Who governs France's capital? ", "answer": "Anna ", "aliases": ["A."], "needs": ["7"]}],
 }
 
 
@@ -89,6 +90,7 @@ def test_the_four_layouts_become_the_same_kind_of_case(tmp_path: Path) -> None:
     assert own.request == EditRequest("json/1", "In Francey, {} is ruled from", "France", "Rome", "Paris")
     assert own.probes[2] == Probe("neighbourhood", "Italy is ruled from", "Rome", None)  # the target is no rival
     assert own.probes[3] == Probe("portability", "France's capital lies on the", "Tiber", "Seine")
+    assert own.probes[4] == Probe("multi_hop", "Who governs France's capital?", "Anna", None, ("A.",), ("json/7",))
 
 
 def test_an_old_answer_that_is_the_new_one_is_no_rival(tmp_path: Path) -> None:
@@ -110,6 +112,8 @@ def test_an_old_answer_that_is_the_new_one_is_no_rival(tmp_path: Path) -> None:
         ({"neighbourhood": ["x"]}, "field 'neighbourhood' must be a list of objects"),
         ({"neighbourhood": [{"prompt": "x"}]}, "field 'neighbourhood.0..answer' is missing. There are: 'prompt'"),
         ({"neighborhood": []}, "unknown field 'neighborhood'. Did you mean 'neighbourhood'"),
+        ({"multi_hop": [{"prompt": "x", "answer": "y", "needs": "z"}]}, "field 'multi_hop.0..needs' must be a list of"),
+        ({"multi_hop": [{"prompt": "x"}]}, "field 'multi_hop.0..answer' is missing"),
         ({"id": [1]}, "field 'id' must be a text or a whole number, not list"),
     ],
 )

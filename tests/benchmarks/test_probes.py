@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from benchmarks.probes import Locality, Probes, starts_with
+from benchmarks.probes import Locality, Probes, equals, named, starts_with
 from raysys import names
 from raysys.types import Choose, Chosen, EditCase, EditRequest, Generate, Generated, Probe, Scored
 
@@ -78,6 +80,55 @@ def test_a_long_answer_may_be_said_to_its_end() -> None:
 )
 def test_free_answers_start_with_whole_words(text: str, right: str, worth: bool) -> None:
     assert starts_with(text, right) is worth
+
+
+def test_by_length_the_longer_answer_may_win_and_the_magnitude_says_by_how_much() -> None:
+    forced, free = Probes.of([case(1)]).queries()
+    answer = Chosen((Scored(-4.0, 4, 3), Scored(-2.0, 1, 0)))  # nats a token: 1 and 2
+    summed = {s.metric: s.value for s in Probes(magnitude=True).score(forced, answer)}
+    assert summed["efficacy/probability"] == 0.0
+    assert summed["efficacy/magnitude"] == pytest.approx(math.exp(-4) - math.exp(-2))
+    mean = {s.metric: s.value for s in Probes(magnitude=True, length_norm=True).score(forced, answer)}
+    assert mean["efficacy/probability"] == 1.0
+    assert mean["efficacy/magnitude"] == pytest.approx(math.exp(-1) - math.exp(-2))
+    alone = Probes(magnitude=True).score(forced, Chosen((Scored(-1.0, 2, 1),)))
+    assert [s.metric for s in alone] == ["efficacy/forced"]  # no rival, no difference
+    said = {s.metric: s.value for s in Probes(exact=True).score(free, Generated(" Rome, Italy", 4))}
+    assert said == {"efficacy/free": 1.0, "efficacy/exact": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "worth"),
+    [
+        (" Paris. It is", "Paris", True),
+        (" the Paris", "Paris", True),
+        (" Paris, France", "Paris", False),
+        (" paris\nRome", "Paris", True),
+        (" Washington D.C.", "Washington D.C.", True),
+        (" Paris Paris", "Paris", False),
+        ("", "Paris", False),
+        (" the", "The", False),  # nothing is left of either
+    ],
+)
+def test_exact_answers_are_no_more_than_the_answer(text: str, right: str, worth: bool) -> None:
+    assert equals(text, right) is worth
+
+
+def test_an_alias_as_short_as_a_code_must_be_all_that_is_said() -> None:
+    assert named(" de", "de") and named(" DE.", "de") and named(" USA, of course", "USA")
+    assert not named(" de Gaulle", "de")
+
+
+def test_a_question_on_several_edits_waits_for_the_last_and_needs_them_all() -> None:
+    hops = Probe("multi_hop", "S1's river?", "Tiber", "Seine", ("Tevere",), needs=("e2",), keeps=("S3 lives in",))
+    asked = [q for q in Probes.of([case(1, hops), case(2)]).queries() if q.group == "multi_hop"]
+    assert [(type(q), q.edit, q.gold) for q in asked] == [(Choose, 2, 0), (Generate, 2, ["Tiber", "Tevere"])]
+    assert [s.metric for s in Probes().score(asked[0], Chosen((Scored(-1.0, 2, 2), Scored(-2.0, 2, 1))))] == [
+        "multi_hop/forced",
+        "multi_hop/probability",
+    ]
+    for cases in ([case(1, hops)], [case(1, hops), case(2), case(3)]):  # one edit is missing; one is too many
+        assert "multi_hop" not in {q.group for q in Probes.of(cases).queries()}
 
 
 def test_locality_asks_a_fixed_sample() -> None:

@@ -9,18 +9,21 @@ import pytest
 
 from benchmarks.edits import World, select
 from raysys import names
-from raysys.types import Answer, Choose, Chosen, Generate, Generated, Query, Scored
+from raysys.types import Answer, Choose, Chosen, Generate, Generated, Probe, Query, Scored
 
-LIMITED = ("mmlu", "gsm8k", "commonsense_qa", "trivia_qa", "truthful_qa", "toxigen", "locality")
+LIMITED = ("mmlu", "gsm8k", "commonsense_qa", "trivia_qa", "truthful_qa", "toxigen", "locality", "perplexity")
+OPEN = ("ngram_entropy_bits", "nats_per_token")  # metrics whose values are no shares
 SETTINGS: dict[str, dict[str, Any]] = {name: {"limit": 20} for name in LIMITED}
 
 
 def build(name: str) -> Any:
     """The benchmark as a study builds it."""
     built = names.build(names.benchmark(name), SETTINGS.get(name, {}), name)
-    chosen = select(World().cases(), 15).cases
+    chosen = select(World().cases(), 20).cases
     if getattr(built, "about", "") == "edits":
-        return built.over(chosen)
+        first, *others = chosen  # the world has no question on several edits
+        hops = Probe("multi_hop", "Who of them?", "Anna", "Bert", ("Annie",), needs=(others[0].request.id,))
+        return built.over((replace(first, probes=(*first.probes, hops)), *others))
     return built.over(World().held_out(chosen)) if getattr(built, "about", "") == "held_out" else built
 
 
@@ -55,7 +58,8 @@ def test_the_queries_are_the_same_every_time(asked: tuple[str, list[Query]]) -> 
 def test_prompts_start_with_what_they_share(asked: tuple[str, list[Query]]) -> None:
     _, queries = asked
     for query in queries:
-        assert query.prompt.startswith(query.shared) and len(query.prompt) > len(query.shared)
+        assert query.prompt.startswith(query.shared)
+        assert len(query.prompt) > len(query.shared) or query.prompt == ""  # running text begins with nothing
 
 
 def test_questions_are_well_formed(asked: tuple[str, list[Query]]) -> None:
@@ -76,8 +80,10 @@ def test_scoring_needs_nothing_but_what_travels(asked: tuple[str, list[Query]]) 
         bare = replace(query, prompt="", shared="")
         for answer in answers(query):
             scores = list(fresh.score(bare, answer))
-            assert scores == list(build(name).score(query, answer)) if query is queries[0] else scores
-            assert all(s.query == query.id and s.group == query.group and 0 <= s.value <= 1 for s in scores)
+            if query is queries[0]:
+                assert repr(scores) == repr(list(build(name).score(query, answer)))  # NaN equals itself
+            assert all(s.query == query.id and s.group == query.group for s in scores)
+            assert all(s.metric in OPEN or 0 <= s.value <= 1 for s in scores)
             assert len({s.metric for s in scores}) == len(scores)
             seen |= {s.metric for s in scores}
     assert set(fresh.chance()) <= seen
@@ -86,6 +92,8 @@ def test_scoring_needs_nothing_but_what_travels(asked: tuple[str, list[Query]]) 
 
 def test_right_answers_are_worth_most(asked: tuple[str, list[Query]]) -> None:
     name, queries = asked
+    if name == "fluency":
+        pytest.skip("a text has no right answer")
     fresh = names.benchmark(name)()
     for query in queries:
         right, wrong, *_ = ({s.metric: s.value for s in fresh.score(query, a)} for a in answers(query))

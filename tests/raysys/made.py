@@ -207,7 +207,7 @@ def _rows(benchmark: str, n: int, method: str, order: int, items: int) -> Iterat
 
 
 def _probe_rows(n: int, method: str, noise: random.Random) -> Iterator[dict[str, Any]]:
-    top = {"efficacy": 0.99, "paraphrase": 0.9, "neighbourhood": 0.88, "portability": 0.35}
+    top = {"efficacy": 0.99, "paraphrase": 0.9, "neighbourhood": 0.88, "portability": 0.35, "multi_hop": 0.2}
     ease = {"probability": 1.0, "forced": 0.93, "free": 0.8}
     for edit in range(1, n + 1):
         held = math.exp(-((n - edit) / FALL[method] / 1.5)) * math.exp(-((n / FALL[method] / 2) ** 2))
