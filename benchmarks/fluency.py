@@ -41,6 +41,7 @@ class Fluency:
     about: ClassVar[str] = "edits"  # given to `over`: the cases, in the order in which they are edited
     version: ClassVar[str] = "1"
     ability: ClassVar[bool] = False  # no share of right answers, so no part of the edit budget
+    units: ClassVar[Mapping[str, str]] = {"ngram_entropy_bits": "bits"}
 
     cases: tuple[EditCase, ...] = field(default=(), init=False, repr=False)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import ClassVar, Literal
 
-from benchmarks import exemplars, sources
+from benchmarks import common, exemplars, sources
 from benchmarks.exemplars import Exemplar
 from benchmarks.sources import Placed
 from raysys.types import Answer, Generate, Generated, Query, Score
@@ -29,7 +29,6 @@ HUB = sources.Hub(
     rows={"train": 7_473, "test": 1_319},
 )
 STOPS = ("Question:", "</s>", "<|im_end|>")  # the end-of-text token stops too: the engine's business
-SHOT_SEED = 1234  # lm-evaluation-harness' default --seed for shots
 COT_STOPS = ("Q:", "</s>", "<|im_end|>")
 STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 COT_STRICT = re.compile(r"The answer is (\-?[0-9\.\,]+).")  # takes a digit too few where nothing follows the number
@@ -62,12 +61,7 @@ class Gsm8k:
     version: ClassVar[str] = "1"
 
     def __post_init__(self) -> None:
-        if self.shots is not None and self.shots < 0:
-            raise ValueError(f"shots = {self.shots}: a number of examples, 0 or more, is meant")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit = {self.limit}: a number of questions, 1 or more, or leave it out for all")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens = {self.max_tokens}: 1 or more")
+        common.check(shots=self.shots, limit=self.limit, max_tokens=self.max_tokens)
 
     @property
     def _form(self) -> str:
@@ -88,7 +82,7 @@ class Gsm8k:
                 f"gsm8k: {len(train)} rows in split 'train' of {self.data!r}, {shots} shots wanted. "
                 f"Set shots = {len(train)} or complete the data."
             )
-        draw = Random(SHOT_SEED)
+        draw = Random(common.SHOT_SEED)
         fixed = "".join(map(example, train[:shots])) if self.fixed_shots else ""
         for number, row in enumerate(tables["test"][: self.limit]):
             examples = fixed or "".join(map(example, draw.sample(train, shots)))

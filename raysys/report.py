@@ -114,8 +114,8 @@ def _area(area: Area | None) -> Text:
     """Mean height of a curve over log(1 + edits)."""
     if area is None:
         return Text("–", style="dim")
-    value, more = words.percent(area.estimate.mean), words.points(area.change.mean)
-    return Text.assemble(value, (f" {words.half(area.estimate)} {more}", "dim"))
+    value, more = words.mean(area.estimate, area.unit), words.points(area.change.mean, area.unit)
+    return Text.assemble(value, (f" {words.half(area.estimate, area.unit)} {more}", "dim"))
 
 
 def _score(point: Point | None) -> Text:
@@ -123,12 +123,13 @@ def _score(point: Point | None) -> Text:
         return Text("–", style="dim")
     if point.void:
         return Text("collapsed", style="bold red")
-    text = Text.assemble(words.percent(point.estimate.mean), (f" {words.half(point.estimate)}", "dim"))
+    unit, estimate = point.unit, point.estimate
+    text = Text.assemble(words.mean(estimate, unit), (f" {words.half(estimate, unit)}", "dim"))
     if point.collapse:
         text.append(" collapsed", style="bold red")
     elif point.change:
-        sure = point.change.high < 0 or point.change.low > 0
-        text.append(f" {words.points(point.change.mean)}", style="red" if sure and point.change.mean < 0 else "dim")
+        worse = point.change.low > 0 if point.falling else point.change.high < 0
+        text.append(f" {words.points(point.change.mean, unit)}", style="red" if worse else "dim")
     return text
 
 

@@ -297,7 +297,8 @@ def _numbers(summary: Summary) -> str:
         for cell in summary.cells
     )
     note = (
-        "Per cent, with half the 95 % interval; below it the change against the base on the same items, in points. "
+        "Per cent (or the unit that a heading names), with half the 95 % interval; below it the change against the "
+        "base on the same items, in points (or that unit). "
         "Area: the mean height of a curve over the logarithm of 1 + edits. "
         "Edits: P is how often the right answer is likelier than the wrong one, forced its share of tokens given the "
         "ones before, free whether the model says it by itself."

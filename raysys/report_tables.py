@@ -65,9 +65,9 @@ def _areas(cell: CellView, metrics: Sequence[Metric]) -> str:
         if area is None:
             cells.append("<td>–</td>")
             continue
-        value, width = words.percent(area.estimate.mean), words.half(area.estimate)
-        below = f'<small class="sub">{words.points(area.change.mean)}</small>'
-        cells.append(f'<td title="{words.span(area.change)}">{value} <small>{width}</small>{below}</td>')
+        value, width = words.mean(area.estimate, area.unit), words.half(area.estimate, area.unit)
+        below = f'<small class="sub">{words.points(area.change.mean, area.unit)}</small>'
+        cells.append(f'<td title="{words.span(area.change, area.unit)}">{value} <small>{width}</small>{below}</td>')
     return f'<tr><th scope="row">Area</th>{"".join(cells)}</tr>'
 
 
@@ -103,12 +103,12 @@ def _cell(point: Point | None, changes: bool) -> str:
         return "<td>–</td>"
     if point.void:
         return f'<td><small class="sub collapsed" title="{escape(point.collapse)}">collapsed</small></td>'
-    value, width = words.percent(point.estimate.mean), words.half(point.estimate)
+    value, width = words.mean(point.estimate, point.unit), words.half(point.estimate, point.unit)
     if not changes:
         return f'<td>{value}<small class="sub">{width}</small></td>'
     value, below = f"{value} <small>{width}</small>", ""
     if point.collapse:
         below = f'<small class="sub collapsed" title="{escape(point.collapse)}">collapsed</small>'
     elif point.change:
-        below = f'<small class="sub">{words.points(point.change.mean)}</small>'
+        below = f'<small class="sub">{words.points(point.change.mean, point.unit)}</small>'
     return f"<td>{value}{below}</td>"

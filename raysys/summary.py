@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,13 +38,16 @@ AGES = (0, 1, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)  # edits ma
 class Point:
     """One metric at one snapshot; `change` against the base model on the same items where it was asked them.
     `collapse` says why the answers are worth nothing, "" when they are sound. `void`: the value must not be shown at
-    all: the answers of a safety benchmark have collapsed, and what it would say is not safety."""
+    all: the answers of a safety benchmark have collapsed, and what it would say is not safety. `unit`: of the value,
+    "" for a share; `falling`: less of it is better."""
 
     edits: int
     estimate: Estimate
     change: Difference | None = None
     collapse: str = ""
     void: bool = False
+    unit: str = ""
+    falling: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Area:
     estimate: Estimate
     change: Difference
     last: int
+    unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -134,16 +138,16 @@ class Summary:
 def summarise(results: Results, delta: float = stats.DELTA) -> Summary:
     """Read the scores of a study, finished or not, and work everything out."""
     frame = _frame(results)
-    safety = _safety(results.spec)
+    means = Meaning.of(results.spec)
     ability, probes, locality, others = _sort(frame, results.spec)
     methods: dict[tuple[str, str], list[Cell]] = defaultdict(list)
     for cell in results.cells():
         methods[cell.model, cell.method].append(cell)
     views = []
     for (model, method), cells in methods.items():
-        made = [_cell(frame, c, ability, others, safety, delta) for c in cells]
+        made = [_cell(frame, c, ability, others, means, delta) for c in cells]
         ids = [c.id for c in cells]
-        merged = made[0].curves if len(made) == 1 else _curves(frame, ids, [*ability, *others], safety)
+        merged = made[0].curves if len(made) == 1 else _curves(frame, ids, [*ability, *others], means)
         aged = {p if k == "efficacy" else f"{k}/{p}": f"{k}/{p}" for k in AGED for p in PROTOCOLS}
         ages = {title: found for title, name in aged.items() if (found := _ages(frame, ids, name))}
         between = made[0].budget.interval if len(made) == 1 else _interval(frame, made, ability, delta)
@@ -153,7 +157,7 @@ def summarise(results: Results, delta: float = stats.DELTA) -> Summary:
 
 def collapsed(results: Results) -> list[dict[str, str | int]]:
     """Every snapshot and metric whose answers are worth nothing: cell, edits, benchmark, metric, reason."""
-    frame, safety = _frame(results), _safety(results.spec)
+    frame, safety = _frame(results), Meaning.of(results.spec).safety
     ability, _, _, others = _sort(frame, results.spec)
     found: list[dict[str, str | int]] = []
     for cell in results.cells():
@@ -174,26 +178,41 @@ def _frame(results: Results) -> Frame:
     return Frame(results.scores(), {c.id: [r["id"] for r in c.about["requests"]] for c in results.cells()})
 
 
-def _safety(spec: StudySpec) -> frozenset[str]:
-    """Titles of the benchmarks that say of themselves that they measure safety."""
-    return frozenset(title for title, safe in _said(spec, "safety", False).items() if safe)
+@dataclass(frozen=True)
+class Meaning:
+    """What the benchmarks of a study say of their scores: titles of those on safety, units of metrics that are no
+    shares, and metrics of which less is better."""
+
+    safety: frozenset[str]
+    units: Mapping[Metric, str]
+    falling: frozenset[Metric]
+
+    @classmethod
+    def of(cls, spec: StudySpec) -> Meaning:
+        """From the benchmarks' class variables `safety`, `units` and `lower_is_better`, each optional."""
+        units, falling = _said(spec, "units", {}), _said(spec, "lower_is_better", ())
+        return cls(
+            frozenset(title for title, safe in _said(spec, "safety", False).items() if safe),
+            {(title, name): unit for title, told in units.items() for name, unit in told.items()},
+            frozenset((title, name) for title, told in falling.items() for name in told),
+        )
 
 
-def _said(spec: StudySpec, what: str, otherwise: bool) -> dict[str, bool]:
+def _said(spec: StudySpec, what: str, otherwise: Any) -> dict[str, Any]:
     """What every benchmark says of itself in a class variable, by title; a plug-in not installed here says nothing."""
     found = {}
     for part in spec.benchmarks:
         try:
-            found[part.title] = bool(getattr(names.benchmark(part.name), what, otherwise))
+            found[part.title] = getattr(names.benchmark(part.name), what, otherwise)
         except ValueError:
             continue
     return found
 
 
 def _cell(
-    frame: Frame, cell: Cell, ability: list[Metric], others: list[Metric], safety: frozenset[str], delta: float
+    frame: Frame, cell: Cell, ability: list[Metric], others: list[Metric], means: Meaning, delta: float
 ) -> CellView:
-    curves = _curves(frame, [cell.id], [*ability, *others], safety)
+    curves = _curves(frame, [cell.id], [*ability, *others], means)
     pairs, broken = {}, set()
     for metric in ability:
         for point in curves.get(metric, []):
@@ -206,7 +225,7 @@ def _cell(
     return CellView(cell.id, cell.model, cell.method, cell.order, curves, found, areas)
 
 
-def _curves(frame: Frame, cells: Sequence[str], watched: list[Metric], safety: frozenset[str]) -> Curves:
+def _curves(frame: Frame, cells: Sequence[str], watched: list[Metric], means: Meaning) -> Curves:
     """`watched`: the metrics whose answers may collapse."""
     curves: Curves = {}
     for metric in frame.metrics:
@@ -219,10 +238,13 @@ def _curves(frame: Frame, cells: Sequence[str], watched: list[Metric], safety: f
             if edits and len(now):
                 change = stats.paired(now, then)
             if metric in watched:
-                broken = _broken(frame, cells, edits, metric, safety)
+                broken = _broken(frame, cells, edits, metric, means.safety)
                 error = frame.pooled_error(cells, edits, metric)
                 found = found if error is None else replace(found, error=error)
-            points.append(Point(edits, found, change, broken, bool(broken) and metric[0] in safety))
+            void = bool(broken) and metric[0] in means.safety
+            points.append(
+                Point(edits, found, change, broken, void, means.units.get(metric, ""), metric in means.falling)
+            )
         if points:
             curves[metric] = points
     return curves
@@ -259,7 +281,7 @@ def _area(frame: Frame, cell: str, metric: Metric, points: Sequence[Point]) -> A
     if not len(numbers):
         return None
     height = stats.area_weights(edits) @ values
-    return Area(stats.estimate(height), stats.paired(height, values[0]), edits[-1])
+    return Area(stats.estimate(height), stats.paired(height, values[0]), edits[-1], points[0].unit)
 
 
 def _interval(frame: Frame, cells: Sequence[CellView], ability: Sequence[Metric], delta: float) -> Interval:

@@ -33,17 +33,28 @@ def percent(share: float, digits: int = 1) -> str:
     return f"{share * 100:.{digits}f}" if math.isfinite(share) else "–"
 
 
-def points(share: float) -> str:
-    """A signed difference in points: "+0.3", "−8.0", "0.0"."""
+def mean(estimate: Estimate, unit: str = "") -> str:
+    """A mean: in per cent, or in its own `unit`: 3.228 -> "3.23"."""
+    if not unit:
+        return percent(estimate.mean)
+    return f"{estimate.mean:.2f}" if math.isfinite(estimate.mean) else "–"
+
+
+def points(share: float, unit: str = "") -> str:
+    """A signed difference in points, or in its own `unit`: "+0.3", "−8.0", "0.0"."""
     if not math.isfinite(share):
         return "–"
-    text = f"{abs(share) * 100:.1f}"
-    return text if text == "0.0" else ("+" if share > 0 else MINUS) + text
+    text = _size(share, unit)
+    return text if not text.strip("0.") else ("+" if share > 0 else MINUS) + text
 
 
-def half(estimate: Estimate) -> str:
-    """Half the interval, in points; "" where it is unknown."""
-    return f"±{estimate.half * 100:.1f}" if math.isfinite(estimate.half) else ""
+def half(estimate: Estimate, unit: str = "") -> str:
+    """Half the interval, in points or in its own `unit`; "" where it is unknown."""
+    return f"±{_size(estimate.half, unit)}" if math.isfinite(estimate.half) else ""
+
+
+def _size(value: float, unit: str) -> str:
+    return f"{abs(value):.2f}" if unit else f"{abs(value) * 100:.1f}"
 
 
 def share(estimate: Estimate) -> str:
@@ -51,9 +62,9 @@ def share(estimate: Estimate) -> str:
     return f"{percent(estimate.mean)}% {half(estimate)}".strip()
 
 
-def span(change: Difference) -> str:
+def span(change: Difference, unit: str = "") -> str:
     """The interval of a change."""
-    return f"[{points(change.low)}, {points(change.high)}]"
+    return f"[{points(change.low, unit)}, {points(change.high, unit)}]"
 
 
 def title(metric: Metric) -> str:

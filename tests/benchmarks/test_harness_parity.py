@@ -56,6 +56,15 @@ def harness_task(folder: str, name: str, splits: dict[str, list[dict[str, Any]]]
     return task
 
 
+def filtered(task: Any, instance: Any, reply: str, name: str) -> float:
+    """The harness' exact match of `reply`, read off by its filter `name`."""
+    instance.resps, instance.filtered_resps = [reply], {}
+    task._instances = [instance]
+    task.apply_filters()
+    score: float = task.process_results(instance.doc, [instance.filtered_resps[name]])["exact_match"]
+    return score
+
+
 @pytest.mark.parametrize("shots", [0, 5])
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_mmlu_asks_what_the_harness_asks(shared: Path, subject: str, shots: int) -> None:
@@ -85,13 +94,7 @@ def test_gsm8k_asks_and_scores_as_the_harness_does(shared: Path, shots: int) -> 
 
     for query, instance in zip(ours, task.instances, strict=True):
         for reply in [*REPLIES, rows["test"][instance.doc_id]["answer"], f"so it is {query.gold}"]:
-            instance.resps, instance.filtered_resps = [reply], {}
-            task._instances = [instance]
-            task.apply_filters()
-            theirs = [
-                task.process_results(instance.doc, [instance.filtered_resps[name]])["exact_match"]
-                for name in ("strict-match", "flexible-extract")
-            ]
+            theirs = [filtered(task, instance, reply, name) for name in ("strict-match", "flexible-extract")]
             assert [s.value for s in Gsm8k().score(query, Generated(reply, 1))] == theirs, reply
 
 
@@ -148,11 +151,5 @@ def test_gsm8k_with_chains_of_thought_asks_and_scores_as_the_harness_does(shared
     ]
     for query, instance in zip(ours[:40], list(task.instances), strict=False):
         for reply in [*REPLIES, *replies, f" 1 + 1. The answer is {query.gold}."]:
-            instance.resps, instance.filtered_resps = [reply], {}
-            task._instances = [instance]
-            task.apply_filters()
-            theirs = [
-                task.process_results(instance.doc, [instance.filtered_resps[name]])["exact_match"]
-                for name in ("strict-match", "flexible-extract")
-            ]
+            theirs = [filtered(task, instance, reply, name) for name in ("strict-match", "flexible-extract")]
             assert [s.value for s in Gsm8k().score(query, Generated(reply, 1))] == theirs, reply
