@@ -59,11 +59,13 @@ install = echo "installing $(1) with its pinned dependencies (once; a few minute
 
 # The report's page is tested in a real browser.
 browser: | .venv/bin/python
-	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	@if command -v chromedriver >/dev/null; then \
+	  for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	fi; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  echo "installing Chromium for the tests of the report's page"; \
-	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver; } \
 	    >.venv/chromium.log 2>&1 || echo "Chromium could not be installed (.venv/chromium.log): its tests are skipped"; \
 	else \
-	  echo "no Chromium on PATH: the tests of the report's page are skipped"; \
+	  echo "no Chromium with its chromedriver on PATH: the tests of the report's page are skipped"; \
 	fi

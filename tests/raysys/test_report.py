@@ -360,7 +360,7 @@ def test_the_page_is_sound_in_a_browser(
     assert page.run(OVERLAPS) == []
     assert page.run(BLOCKS) == []
     assert page.run(EMPTY) == []
-    assert page.run("return document.querySelectorAll('svg.plot').length") == 4 + 12 + 3 + 2
+    assert page.run("return document.querySelectorAll('svg.plot').length") == 4 + 15 + 3 + 3 + 2
     page.shoot(tmp_path / "report.png")
     assert page.console() == []
 
