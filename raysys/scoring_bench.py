@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -319,8 +320,16 @@ def main(side: str, questions: int, batch: int) -> None:
         ours(model, blocks(model, queries, batch))
     else:
         theirs(harness(model, batch), queries)
-    unit = 1 if sys.platform == "darwin" else 1024
-    sys.stdout.write(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}\n")
+    sys.stdout.write(f"{_peak()}\n")
+
+
+def _peak() -> int:
+    """Bytes of memory that this process has held at the most."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would also count the process that started this one, up to the start
+        [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def tree(found: dict[str, Line], memory: tuple[int, int]) -> dict[str, Any]:

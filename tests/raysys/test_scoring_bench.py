@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -42,3 +44,11 @@ def test_five_shots_are_as_long_as_mmlus() -> None:
 def test_ratios_are_of_medians() -> None:
     line = Line("x", (1.0, 2.0, 9.0), (4.0, 4.0, 4.0), True)
     assert line.ratio == 2 and line.share == 0.5
+
+
+def test_peak_memory_is_of_the_process_itself_and_not_of_the_one_that_started_it() -> None:
+    held = bytearray(2**30)  # touched: zeroed pages of a gigabyte
+    held[::4096] = b"x" * len(held[::4096])
+    code = "from raysys.scoring_bench import _peak; print(_peak())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < len(held) < scoring_bench._peak()
