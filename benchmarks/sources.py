@@ -5,8 +5,9 @@ fault in it can name it. Every reader raises ValueError naming the file, the rec
 are relative to the current folder.
 
 A local folder may hold the hub's layout: `<config>/<split>-*.parquet` as in a download of the repository, or
-`<split>.parquet`, `<split>.jsonl`, `<split>.json` in the folder itself or in its `data/`. The layouts of the
-original releases are known to the benchmarks whose release differs (`mmlu.py`).
+`<split>.parquet`, `<split>.jsonl`, `<split>.json` in the folder itself or in its `data/`. A download must be whole, a
+plain file may hold any number of rows. The layouts of the original releases are known to the benchmarks whose release
+differs (`mmlu.py`).
 """
 
 from __future__ import annotations
@@ -116,7 +117,33 @@ def _hub_layout(name: str, folder: Path, hub: Hub, split: str) -> list[Placed]:
             f"{name}: {folder} has no {split!r} split. Looked for {split}-*.parquet, {split}.parquet, {split}.jsonl "
             f"and {split}.json in {', '.join(map(str, places))}, and for the original release's files."
         )
-    return [row for file in files for row in records(file)]
+    sharded = _check_shards(files)
+    rows = [row for file in files for row in records(file)]
+    if sharded and files[0].parent in places and len(rows) != hub.rows[split]:
+        raise ValueError(
+            f"{files[0].parent}: split {split!r} has {len(rows):,} rows in {', '.join(f.name for f in files)}, "
+            f"{hub.rows[split]:,} in {hub.id}@{hub.revision[:7]}. Download it again; to use a part, name the file "
+            f"{split}.parquet."
+        )
+    return rows
+
+
+def _check_shards(files: Sequence[Path]) -> bool:
+    """Whether these are a split's shards as the hub names them (`test-00000-of-00003.parquet`).
+
+    Raises ValueError when one is missing.
+    """
+    found = False
+    for file in files:
+        stem, _, total = file.stem.rpartition("-of-")
+        if not (stem and total.isdecimal()):
+            continue
+        found = True
+        whole = [f"{stem.rpartition('-')[0]}-{n:05d}-of-{total}{file.suffix}" for n in range(int(total))]
+        there = {f.name for f in files if f.parent == file.parent}
+        if missing := [name for name in whole if name not in there]:
+            raise ValueError(f"{file.parent}: {missing[0]} is missing, one of {int(total)} files; download it again.")
+    return found
 
 
 def split_files(folder: Path, split: str) -> list[Path]:

@@ -90,10 +90,15 @@ def build(cls: Any, settings: Mapping[str, Any], where: str) -> Any:
     try:
         built = TypeAdapter(cls).validate_python({k: v for k, v in settings.items() if k in fields})
     except ValidationError as error:
-        faults += [f"{where}: setting {'.'.join(map(str, f['loc']))!r}: {f['msg']}" for f in error.errors()]
+        faults += [f"{where}: {_place(f['loc'])}{f['msg'].removeprefix('Value error, ')}" for f in error.errors()]
     if faults:
         raise ValueError("\n".join(faults))
     return built
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    """Which setting is meant; a message of the class itself (`limit = 0: ...`) names it already."""
+    return f"setting {'.'.join(map(str, loc))!r}: " if loc else ""
 
 
 def did_you_mean(name: str, known: Mapping[str, Any] | set[str]) -> str:

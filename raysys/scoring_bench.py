@@ -42,7 +42,7 @@ class Size:
     shape: Shape = field(default_factory=lambda: Shape(context=1024))
     questions: int = 60
     prompts: int = 20
-    answer: int = 128  # tokens generated at most
+    answer: int = 128  # tokens generated; longer than the longest question, 80
     depths: tuple[int, ...] = (3, 6, 11)
     runs: int = 3
     batch: int = 8
@@ -50,7 +50,7 @@ class Size:
     @classmethod
     def quick(cls) -> Size:
         """Minutes: few questions and one run."""
-        return cls(questions=24, prompts=20, answer=48, depths=(6,), runs=1)
+        return cls(questions=24, prompts=20, answer=80, depths=(6,), runs=1)
 
 
 @dataclass(frozen=True)
@@ -267,13 +267,50 @@ def drafts(model: Model, size: Size) -> Line:
     return Line("later snapshot, generation with drafts", tuple(mine), tuple(other), same)
 
 
+def prefill(model: Model, size: Size) -> Line:
+    """Checking drafts that all hold, no trunk kept, against one plain pass over prompts and drafts.
+
+    The pass gives logits where a token of a draft is chosen, and runs the shared prefix once: a lower bound.
+    """
+    todo = blocks(model, worked(size.prompts, size.answer), size.batch)
+    engine = Engine(model, trunk_memory=0)
+    base = [a for b in todo for a in engine.answer(b)]
+    mine: list[float] = []
+    other: list[float] = []
+    same = True
+    for _ in range(size.runs):
+        engine.wears(())
+        other.append(cpu(lambda: [_pass(engine, b, size.batch) for b in todo])[0])
+        engine.wears(())
+        seconds, found = cpu(lambda: [a for b in todo for a in engine.answer(b)])
+        mine.append(seconds)
+        same = same and found == base
+    return Line("checking drafts that hold, against a prefill", tuple(mine), tuple(other), same)
+
+
+@torch.inference_mode()
+def _pass(engine: Engine, block: Block, batch: int) -> None:
+    """Prompts and drafts of a block through the network, longest first; the likeliest token at every draft's place."""
+    drafts = engine.writer.drafts_of(block)
+    rows = [(i.tokens, i.tokens + d[:-1]) for i, d in zip(block.items, drafts, strict=True)]
+    rows.sort(key=lambda r: -len(r[1]))
+    for start in range(0, len(rows), batch):
+        some = rows[start : start + batch]
+        ids = torch.zeros(len(some), max(len(fed) for _, fed in some), dtype=torch.long)
+        for n, (_, fed) in enumerate(some):
+            ids[n, : len(fed)] = torch.tensor(fed)
+        hidden = engine.passes.final((), block.prefix, ids)
+        for n, (asked, fed) in enumerate(some):
+            engine.model.logits(hidden[n, len(asked) - 1 : len(fed)]).argmax(-1)
+
+
 def _spoil(engine: Engine, todo: Sequence[Block]) -> None:
     """Let one draft in twenty differ from its second token on, as if the answer had been another before."""
     for block in todo:
-        old = engine.writer._drafts[block.id]
-        engine.writer._drafts[block.id] = [
-            (*d[:1], *(t ^ 1 for t in d[1:])) if n % EVERY == 0 else d for n, d in enumerate(old)
-        ]
+        old = engine.writer.drafts_of(block)
+        engine.writer.suppose(
+            block, [(*d[:1], *(t ^ 1 for t in d[1:])) if n % EVERY == 0 else d for n, d in enumerate(old)]
+        )
 
 
 def lines(size: Size, note: Note) -> Iterator[tuple[str, Line]]:
@@ -294,6 +331,8 @@ def lines(size: Size, note: Note) -> Iterator[tuple[str, Line]]:
         yield f"trunk_reuse_cost.{layer}", trunk(model, size, layer)
     note("drafts")
     yield "draft_generation_cost", drafts(model, size)
+    note("prefill")
+    yield "draft_prefill_cost", prefill(model, size)
 
 
 def unshared(count: int, answer: int) -> list[Generate]:
@@ -338,6 +377,7 @@ def tree(found: dict[str, Line], memory: tuple[int, int]) -> dict[str, Any]:
     told["peak_memory_ratio"] = memory[0] / memory[1]
     told["trunk_reuse_cost"] = {k.partition(".")[2]: v.share for k, v in found.items() if k.startswith("trunk")}
     told["draft_generation_cost"] = found["draft_generation_cost"].share
+    told["draft_prefill_cost"] = found["draft_prefill_cost"].share
     told["agree"] = all(line.same for line in found.values())
     told["seconds"] = {key: {"ours": line.ours, "other": line.other} for key, line in found.items()}
     told["peak_memory_bytes"] = {"ours": memory[0], "theirs": memory[1]}

@@ -47,6 +47,14 @@ class Writer:
         self._drafts: dict[str, list[Ids]] = {}  # block -> one earlier answer per item
         self.accepted = self.drafted = 0  # tokens
 
+    def drafts_of(self, block: Block) -> Sequence[Ids]:
+        """What is held to be the answers of `block`, one per item; empty before the first."""
+        return self._drafts.get(block.id, ())
+
+    def suppose(self, block: Block, answers: Sequence[Ids]) -> None:
+        """Take `answers` (tokens, one answer per item) for drafts: any will do, good ones save time."""
+        self._drafts[block.id] = list(answers)
+
     def write(self, block: Block, size: int) -> Iterator[Generated]:
         """Answers in the block's order, in batches of `size`."""
         prefix, items, query = block.prefix, block.items, block.items[0].query

@@ -90,7 +90,8 @@ def test_all_layouts_ask_the_same(tmp_path: Path) -> None:
             elif layout == "json":
                 (place / f"{split}.json").write_text("\ufeff" + json.dumps(rows, indent=1))
             else:
-                pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), place / f"{split}-00000-of-00001.parquet")
+                name = f"{split}.parquet" if layout == "all" else f"{split}-00000-of-00001.parquet"
+                pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), place / name)
         assert ask(folder, shots=2) == expected
 
 

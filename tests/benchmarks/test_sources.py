@@ -96,3 +96,20 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(ValueError, match=r"can't read split 'train' .*no route.*Without a connection"):
         list(gsm8k.Gsm8k(data="hub").queries())
+
+
+def test_a_download_that_is_not_whole_is_refused_and_a_part_under_a_plain_name_is_not(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pylist([ROW] * 3)
+    folder = tmp_path / "main"
+    folder.mkdir()
+    pq.write_table(table, folder / "test-00000-of-00002.parquet")
+    with pytest.raises(ValueError, match=r"main: test-00001-of-00002.parquet is missing, one of 2 files"):
+        sources.splits("gsm8k", str(tmp_path), gsm8k.HUB, ("test",))
+    (folder / "test-00000-of-00002.parquet").rename(folder / "test-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match=r"main: split 'test' has 3 rows in test-00000.*, 1,319 in openai/gsm8k@e53f"):
+        sources.splits("gsm8k", str(tmp_path), gsm8k.HUB, ("test",))
+    (folder / "test-00000-of-00001.parquet").rename(folder / "test.parquet")
+    assert len(sources.splits("gsm8k", str(tmp_path), gsm8k.HUB, ("test",))["test"]) == 3
