@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 
 class NoResources(RuntimeError):
@@ -43,11 +44,34 @@ def cluster(address: str | None, cpus: int, dashboard: bool = True) -> Iterator[
         ray.shutdown()
 
 
-def wait_for(cpus: float, gpus: float, seconds: float, say: Callable[[str], None]) -> None:
+def wait_for(
+    cpus: float, gpus: float, seconds: float, say: Callable[[str], None], bundles: Sequence[Mapping[str, float]] = ()
+) -> None:
     """Return when the cluster can hold `cpus` and `gpus`; say what is missing while it grows.
 
-    Raises NoResources after `seconds`. An actor that can't be placed would wait for ever without a word.
+    `bundles` is what must fit on one node each: an autoscaler is asked for nodes that can hold them. Raises NoResources
+    after `seconds`. An actor that can't be placed would wait for ever without a word.
     """
+    with _asked_for(bundles):
+        _wait_for(cpus, gpus, seconds, say)
+
+
+@contextmanager
+def _asked_for(bundles: Sequence[Mapping[str, float]]) -> Iterator[None]:
+    """Meanwhile the autoscaler, if there is one, makes room for `bundles`."""
+    from ray.autoscaler.sdk import request_resources
+
+    if not bundles:
+        yield
+        return
+    request_resources(bundles=[dict(b) for b in bundles])
+    try:
+        yield
+    finally:
+        request_resources(bundles=[])
+
+
+def _wait_for(cpus: float, gpus: float, seconds: float, say: Callable[[str], None]) -> None:
     deadline, said = time.monotonic() + seconds, 0.0
     while True:
         there = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -68,6 +92,24 @@ def wait_for(cpus: float, gpus: float, seconds: float, say: Callable[[str], None
             say(f"waiting: {message}")
             said = time.monotonic()
         time.sleep(1)
+
+
+def alive(node: str) -> bool:
+    """Whether a node (hex id) is part of the cluster now."""
+    return any(n["NodeID"] == node and n["Alive"] for n in ray.nodes())  # type: ignore[no-untyped-call]
+
+
+def draining() -> list[str]:
+    """Hex ids of nodes that are to be taken away (a spot machine that was given notice, an idle one).
+
+    Ray has no public word for it: where its own bookkeeping can't be asked, there are none.
+    """
+    try:
+        from ray._private.state import state
+
+        return list(state.get_draining_nodes())
+    except (ImportError, AttributeError, RayError):
+        return []
 
 
 def quiet_data() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
 from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayActorError
 
 
 def settle(threads: int) -> None:
@@ -19,8 +21,10 @@ def settle(threads: int) -> None:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Hardware, host and process."""
-    return {"hardware": hardware(device), "host": platform.node(), "pid": os.getpid(), "torch": str(torch.__version__)}
+    """Hardware, host and process, and the node of the cluster."""
+    node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+    about = {"hardware": hardware(device), "host": platform.node(), "pid": os.getpid(), "node": node}
+    return about | {"torch": str(torch.__version__)}
 
 
 def hardware(device: torch.device) -> str:
@@ -35,3 +39,12 @@ def as_actor(cls: type, name: str, threads: int, gpus: float) -> Any:
     share: Any = {"num_cpus": threads, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
     env = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
     return ray.remote(cls).options(name=name, runtime_env=env, **share)
+
+
+def end(actor: Any) -> None:
+    """End an actor, or whatever stands for several and knows how to `end` them. One that is gone is no error."""
+    if actor is None:
+        return
+    several = getattr(type(actor), "end", None)
+    with suppress(ValueError, RayActorError):
+        several(actor) if several else ray.kill(actor)

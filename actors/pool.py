@@ -1,48 +1,51 @@
-"""The evaluator pool: hands units to evaluators, replaces the dead, tries again a bounded number of times.
+"""The evaluator pool: hands units to evaluators, grows and shrinks, replaces the dead, tries again, but not for ever.
 
 Ray's own ActorPool raises when an actor dies and never retries its item. Here a lost evaluator costs what it was
 working on: it is replaced under a new name, gets work only after it has answered (quarantine), and the unit it was
 running goes back to the queue with one try less; a unit that has none left is reported and the study goes on.
+
+Between `fewest` and `most` evaluators there are as many as units wait. An evaluator that is asked for and finds no room
+is what the cluster's autoscaler sees as demand; one that has been idle for a while is ended, so that its node can be
+released. A node that is about to be taken away gets no new unit, and what is lost with a node is no unit's fault.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, OwnerDiedError, RayError, RayTaskError
 
+from actors.cluster import alive, draining
 from actors.evaluator import Task
-from actors.feed import Work
+from actors.machine import end
+from actors.waiting import Memory, Unit, Waiting
 
 IN_FLIGHT = 2  # units an evaluator has: one it runs, one that waits, so that it is never idle
-LOOK = 64  # units at the head of a queue among which one is looked for whose block is known
 ERRORS = 3  # units that may fail on an evaluator one after another before it is replaced
 STARTS = 3  # attempts to start an evaluator before its place is given up
+MOVES = 30  # nodes that a unit may be lost with
+LOOKING = 5.0  # seconds between looks at which nodes are to be taken away
 
 
 class PoolError(RuntimeError):
     """No evaluator can be started; the message says why."""
 
 
-@dataclass(frozen=True)
-class Unit:
-    """A snapshot and a block: the unit of work, of retry, of resume and of result."""
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """`fewest` to `most` evaluators; `retries` of a unit; seconds that one may be idle, and work on a single unit."""
 
-    id: str
-    snapshot: str
-    edits: int
-    cell: str  # that it was submitted for
-    work: Work
-    name: str  # of the benchmark
-    settings: Mapping[str, Any]
-    value: Callable[[], Any] = field(compare=False)  # gives the reference of the Snapshot
-    restore: Callable[[], None] = field(compare=False)  # makes a lost Snapshot available again
-    depth: int = 0  # the lowest block that edits of the study are expected to change, 0: unknown
+    fewest: int
+    most: int
+    retries: int = 3
+    idle: float = 60.0
+    stall: float = 3600.0
 
 
 @dataclass(frozen=True)
@@ -73,39 +76,50 @@ class _Place:
     answered: bool = False
     starts: int = 0
     errors: int = 0  # units that failed since one succeeded
-    wearing: str | None = None
-    seen: set[str] = field(default_factory=set)  # blocks of which it keeps trunks and drafts
+    node: str = ""  # that the evaluator runs on
+    leaving: bool = False  # its node is to be taken away: no new units
+    since: float = 0.0  # when its oldest unit came first, or when it became idle
+    memory: Memory = field(default_factory=Memory)
     busy: OrderedDict[Any, Unit] = field(default_factory=OrderedDict)
 
     @property
     def name(self) -> str:
         return f"evaluator-{self.number}" + (f".{self.life}" if self.life else "")
 
+    @property
+    def ready(self) -> bool:
+        """Whether it takes another unit."""
+        return self.answered and not self.leaving and len(self.busy) < IN_FLIGHT
+
 
 class EvaluatorPool:
-    """`size` evaluators made by `start(name)`. Give it units, wait on `refs`, hand finished references to `take`."""
+    """Evaluators made by `start(name)`. Give it units, wait on `refs`, hand ready ones to `take`; `tick` often."""
 
     def __init__(
-        self, start: Callable[[str], Any], size: int, retries: int, note: Callable[..., None] = lambda *a, **k: None
+        self, start: Callable[[str], Any], limits: Limits, note: Callable[..., None] = lambda *a, **k: None
     ) -> None:
-        self._start, self.retries, self.note = start, retries, note
-        self.places = [_Place(n) for n in range(size)]
+        self._start, self.limits, self.note = start, limits, note
+        self.places: list[_Place] = []
         self.about: dict[str, Any] | None = None  # what the first evaluator said of itself
         self.tries: dict[str, int] = {}
-        self._queues: OrderedDict[str, deque[Unit]] = OrderedDict()  # snapshot -> units, oldest snapshot first
+        self.moves: dict[str, int] = {}  # unit -> nodes it was lost with
+        self._waiting = Waiting()
         self._open: dict[str, int] = {}  # snapshot -> units not finished
         self._pings: dict[Any, _Place] = {}
         self._running: dict[Any, _Place] = {}
-        for place in self.places:
-            self._begin(place)
+        self._numbers = 0
+        self._spoilt = 0  # places given up
+        self._looked = 0.0
+        self._resize()
 
     # --- what the study sees -----------------------------------------------------------------------------------------
 
     def submit(self, units: Iterable[Unit]) -> None:
         """Queue units; those of the oldest snapshot go first."""
         for unit in units:
-            self._queues.setdefault(unit.snapshot, deque()).append(unit)
+            self._waiting.add(unit)
             self._open[unit.snapshot] = self._open.get(unit.snapshot, 0) + 1
+        self._resize()
         self._dispatch()
 
     @property
@@ -118,6 +132,10 @@ class EvaluatorPool:
         """Snapshots with units not finished."""
         return len(self._open)
 
+    def open(self, snapshot: str) -> bool:
+        """Whether a snapshot has units not finished."""
+        return snapshot in self._open
+
     @property
     def busy(self) -> int:
         """Evaluators at work."""
@@ -126,7 +144,12 @@ class EvaluatorPool:
     @property
     def starting(self) -> int:
         """Evaluators that have not answered yet."""
-        return sum(p.actor is not None and not p.answered for p in self.places)
+        return len(self._pings)
+
+    @property
+    def size(self) -> int:
+        """Evaluators there are, those that have not answered yet included."""
+        return len(self.places)
 
     @property
     def refs(self) -> list[Any]:
@@ -143,32 +166,71 @@ class EvaluatorPool:
         self._dispatch()
         return finished
 
+    def tick(self) -> list[Done | Failed]:
+        """What time brings: nodes to leave, evaluators that hang, too few or too many of them."""
+        finished = self._hung()
+        if time.monotonic() - self._looked > LOOKING:
+            self._looked = time.monotonic()
+            self._drain(draining())
+        self._retire()
+        self._resize()
+        self._dispatch()
+        return finished
+
     def close(self) -> None:
         """End all evaluators."""
         for place in self.places:
-            if place.actor is not None:
-                ray.kill(place.actor)
+            end(place.actor)
+        self.places.clear()
         self._pings.clear()
         self._running.clear()
 
     # --- evaluators --------------------------------------------------------------------------------------------------
 
+    @property
+    def _wanted(self) -> int:
+        """As many evaluators as there are units, within the limits."""
+        fewest, most = self.limits.fewest - self._spoilt, self.limits.most - self._spoilt
+        return max(0, fewest, min(most, self.pending))
+
+    def _resize(self) -> None:
+        """Start what is missing."""
+        staying = sum(not p.leaving for p in self.places)
+        for _ in range(self._wanted - staying):
+            place = _Place(self._numbers)
+            self._numbers += 1
+            self.places.append(place)
+            self._begin(place)
+
     def _begin(self, place: _Place) -> None:
         place.actor = self._start(place.name)
-        place.answered, place.wearing, place.errors = False, None, 0
-        place.seen.clear()
+        place.answered, place.errors, place.node, place.since = False, 0, "", time.monotonic()
         place.starts += 1
         self._pings[place.actor.describe.remote()] = place
 
-    def _replace(self, place: _Place, error: Exception) -> None:
-        self.note("evaluator lost", evaluator=place.name, reason=_reason(error))
-        with suppress(ValueError, RayActorError):  # gone already
-            ray.kill(place.actor)
-        place.actor = None
+    def _leave(self, place: _Place) -> None:
+        """End an evaluator for good."""
+        end(place.actor)
+        self._waiting.forget(place.memory)
+        self.places.remove(place)
+        for ref in [r for r, p in self._pings.items() if p is place]:
+            del self._pings[ref]
+
+    def _replace(self, place: _Place, error: Exception, innocent: bool = False) -> None:
+        """A new evaluator in place of a lost one; `innocent`: it went with its node, which is no failed start."""
+        self.note("node lost" if innocent else "evaluator lost", evaluator=place.name, reason=_reason(error))
+        end(place.actor)
+        self._waiting.forget(place.memory)
+        if innocent or place.leaving:  # a node less: the next tick starts as many as are needed then
+            self.places.remove(place)
+            return
         place.life += 1
         if place.starts < STARTS:
             self._begin(place)
-        elif all(p.actor is None for p in self.places):
+            return
+        self.places.remove(place)
+        self._spoilt += 1
+        if not self.places:
             raise PoolError(f"no evaluator can be started: {_reason(error)}")
 
     def _pinged(self, ref: Any) -> None:
@@ -176,54 +238,67 @@ class EvaluatorPool:
         try:
             about = ray.get(ref)
         except RayError as error:
-            self._replace(place, error)
+            self._replace(place, error, self._with_node(place, error))
             return
-        place.answered, place.starts = True, 0
+        place.answered, place.starts, place.since = True, 0, time.monotonic()
+        place.node = about.get("node", "")
         self.about = self.about or about
+
+    def _drain(self, nodes: Sequence[str]) -> None:
+        """Evaluators on `nodes`, which are to be taken away: units that wait go elsewhere, the running one may end."""
+        for place in [p for p in self.places if p.node in nodes and not p.leaving]:
+            place.leaving = True
+            self.note("node is to leave", evaluator=place.name, node=place.node)
+            for ref, unit in list(place.busy.items())[:0:-1]:
+                with suppress(RayError, ValueError, TypeError):
+                    ray.cancel(ref)
+                del place.busy[ref], self._running[ref]
+                self._waiting.back(unit)
+
+    def _retire(self) -> None:
+        """End evaluators that are not needed: on nodes that leave, and beyond what is wanted after idling, or waiting
+        for room, for a while."""
+        now, spare = time.monotonic(), len(self.places) - self._wanted
+        for place in [p for p in self.places if not p.busy]:
+            if place.leaving:
+                self._leave(place)
+            elif spare > 0 and now - place.since > self.limits.idle:
+                self.note("evaluator retired", evaluator=place.name)
+                self._leave(place)
+                spare -= 1
+
+    def _hung(self) -> list[Done | Failed]:
+        """Kill evaluators that have worked on one unit for longer than any unit may take."""
+        finished: list[Done | Failed] = []
+        for place in [p for p in self.places if p.busy and time.monotonic() - p.since > self.limits.stall]:
+            finished += self._died(place, TimeoutError(f"no result for {self.limits.stall:g} s; it was killed"))
+        return finished
+
+    @staticmethod
+    def _with_node(place: _Place, error: Exception) -> bool:
+        """Whether an evaluator was lost because its node was."""
+        return bool(getattr(error, "preempted", False)) or (place.node != "" and not alive(place.node))
 
     # --- units -------------------------------------------------------------------------------------------------------
 
     def _dispatch(self) -> None:
+        if not self._waiting:
+            return
         for place in self.places:
-            while place.answered and place.actor is not None and len(place.busy) < IN_FLIGHT:
-                unit = self._next(place)
+            while place.ready:
+                unit = self._waiting.take(place.memory)
                 if unit is None:
                     return
-                place.wearing = unit.snapshot
-                place.seen.add(unit.work.id)
                 task = Task(
                     unit.id, unit.snapshot, [unit.value()], [unit.work.table], unit.work.row,
                     unit.work.benchmark, unit.name, unit.settings, unit.depth,
                 )  # fmt: skip
                 label = f"{unit.work.benchmark} after {unit.edits} edits"
                 ref = place.actor.score.options(name=label).remote(task)
+                if not place.busy:
+                    place.since = time.monotonic()
                 place.busy[ref] = unit
                 self._running[ref] = place
-
-    def _next(self, place: _Place) -> Unit | None:
-        """A unit of the snapshot that is worn here, else of the oldest that no other wears, else of the oldest."""
-        worn = {p.wearing for p in self.places if p is not place}
-        order = sorted(self._queues, key=lambda s: (s != place.wearing, s in worn))  # stable: oldest first
-        for snapshot in order:
-            queue = self._queues[snapshot]
-            unit = self._pick(place, queue)
-            if not queue:
-                del self._queues[snapshot]
-            return unit
-        return None
-
-    def _pick(self, place: _Place, queue: deque[Unit]) -> Unit:
-        """Take the first unit whose block was scored here before, else the first that nobody knows, else the first."""
-        others = [p.seen for p in self.places if p is not place]
-
-        def rank(index: int) -> int:
-            block = queue[index].work.id
-            return 0 if block in place.seen else 1 + any(block in seen for seen in others)
-
-        best = min(range(min(len(queue), LOOK)), key=rank)
-        unit = queue[best]
-        del queue[best]
-        return unit
 
     def _finished(self, ref: Any) -> list[Done | Failed]:
         place = self._running.pop(ref, None)
@@ -235,16 +310,21 @@ class EvaluatorPool:
             place.errors += 1
             if place.errors >= ERRORS:  # whatever it is given fails: perhaps it is not the units' fault
                 return self._died(place, error)
-            unit = place.busy.pop(ref)
+            unit = self._ends(place, ref)
             if isinstance(error.cause, ObjectLostError | OwnerDiedError):
                 unit.restore()
+                return self._again(unit, error, innocent=True)
             return self._again(unit, error)
         except RayError as error:
             return self._died(place, error)
-        unit = place.busy.pop(ref)
+        unit = self._ends(place, ref)
         place.errors = 0
         self._close(unit)
         return [Done(unit, about, scores)]
+
+    def _ends(self, place: _Place, ref: Any) -> Unit:
+        place.since = time.monotonic()
+        return place.busy.pop(ref)
 
     def _died(self, place: _Place, error: Exception) -> list[Done | Failed]:
         """The oldest unit not finished was running and loses a try; the others only waited and go back as they were."""
@@ -259,31 +339,29 @@ class EvaluatorPool:
             except (RayError, TimeoutError):
                 lost.append(unit)
         place.busy.clear()
+        innocent = self._with_node(place, error)
         for unit in reversed(lost[1:]):
-            self._back(unit)
+            self._waiting.back(unit)
         for unit in lost[:1]:
-            finished += self._again(unit, error)
-        self._replace(place, error)
+            finished += self._again(unit, error, innocent)
+        self._replace(place, error, innocent)
         return finished
 
-    def _again(self, unit: Unit, error: Exception) -> list[Done | Failed]:
-        tries = self.tries[unit.id] = self.tries.get(unit.id, 0) + 1
+    def _again(self, unit: Unit, error: Exception, innocent: bool = False) -> list[Done | Failed]:
+        """Back to the queue with one try less (`innocent`: with one move less), or given up."""
+        counts, most = (self.moves, MOVES) if innocent else (self.tries, self.limits.retries)
+        tries = counts[unit.id] = counts.get(unit.id, 0) + 1
         reason = _reason(error)
-        if tries > self.retries:
+        if tries > most:
             self._close(unit)
             return [Failed(unit, tries, reason)]
-        self.note("unit tried again", unit=unit.id, tries=tries, reason=reason)
-        self._back(unit)
+        self.note("unit moved" if innocent else "unit tried again", unit=unit.id, tries=tries, reason=reason)
+        self._waiting.back(unit)
         return []
 
-    def _back(self, unit: Unit) -> None:
-        if unit.snapshot in self._queues:
-            self._queues[unit.snapshot].appendleft(unit)
-        else:
-            self._queues[unit.snapshot] = deque([unit])
-            self._queues.move_to_end(unit.snapshot, last=False)
-
     def _close(self, unit: Unit) -> None:
+        self.tries.pop(unit.id, None)
+        self.moves.pop(unit.id, None)
         self._open[unit.snapshot] -= 1
         if not self._open[unit.snapshot]:
             del self._open[unit.snapshot]

@@ -6,8 +6,10 @@ to the driver and outlives the actor; should its copy be lost all the same, it i
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,13 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from actors.cluster import alive
 from actors.editor import Job
+from actors.machine import end
 from raysys.journal import Journal, Stream
 
 DEATHS = 3  # editors a cell may lose without getting any further, before it is given up
+MOVES = 30  # editors a cell may lose together with their nodes
 
 
 @dataclass
@@ -33,6 +38,13 @@ class Streaming:
     values: dict[int, Any] = field(default_factory=dict)  # edits -> reference of the Snapshot
     next: int = 0  # index of the snapshot that is asked for next
     deaths: int = 0  # of editors, since the last snapshot
+    moves: int = 0  # editors lost together with their nodes
+
+    def value(self, edits: int) -> Any:
+        """Reference of the snapshot after `edits` edits; one that was let go is made again from the journal."""
+        if edits not in self.values:
+            self.restore(edits)
+        return self.values[edits]
 
     def restore(self, edits: int) -> None:
         """Put the snapshot after `edits` edits into the object store again, from the journal."""
@@ -73,10 +85,20 @@ class _Desk:
     cell: Streaming | None = None
     call: Any = None  # reference of what it is doing: opening the cell, or making a snapshot
     value: Any = None  # reference of that snapshot; None while it opens the cell
+    about: Any = None  # reference of what the editor says of itself, its node included
+    sign: Any = None  # of progress: when it changes, the editor is alive
+    since: float = 0.0  # when it changed, or the call began
 
     @property
     def name(self) -> str:
         return f"editor-{self.number}" + (f".{self.life}" if self.life else "")
+
+    @property
+    def node_gone(self) -> bool:
+        """Whether the editor's node was lost, and not just the editor."""
+        with suppress(RayError, TimeoutError, TypeError, ValueError):
+            return not alive(ray.get(self.about, timeout=0)["node"])
+        return False
 
 
 class Streams:
@@ -88,12 +110,14 @@ class Streams:
         size: int,
         cells: Sequence[Streaming],
         note: Callable[..., None] = lambda *a, **k: None,
+        stall: float = 3600.0,
     ) -> None:
-        self._start, self.note = start, note
+        self._start, self.note, self.stall = start, note, stall
         self.waiting = deque(cells)
         self.desks = [_Desk(n) for n in range(min(size, len(cells)))]
         for desk in self.desks:
             desk.actor = start(desk.name)
+            desk.about = desk.actor.describe.remote()
 
     @property
     def busy(self) -> bool:
@@ -106,14 +130,18 @@ class Streams:
         return [d.call for d in self.desks if d.call is not None]
 
     def advance(self, room: int) -> None:
-        """Give idle editors something to do, for at most `room` more snapshots."""
+        """Give idle editors something to do, for at most `room` more snapshots; end those that have nothing left."""
         for desk in self.desks:
             if desk.call is not None or desk.actor is None:
                 continue
-            if desk.cell is None and self.waiting:
+            desk.since = time.monotonic()
+            if desk.cell is None and not self.waiting:
+                end(desk.actor)
+                desk.actor = None
+            elif desk.cell is None:
                 desk.cell = self.waiting.popleft()
                 desk.call = desk.actor.open.options(name=f"open {desk.cell.job.cell}").remote(desk.cell.job)
-            elif desk.cell is not None and room > 0:
+            elif room > 0:
                 edits = desk.cell.snapshots[desk.cell.next]
                 label = f"{desk.cell.job.cell}: to {edits} edits"
                 desk.call, desk.value = desk.actor.publish.options(name=label, num_returns=2).remote(edits)
@@ -135,11 +163,23 @@ class Streams:
             return self._died(desk, cell, error)
         return self._opened(desk, cell, answer) if value is None else self._made(desk, cell, value)
 
+    def watch(self, sign: Callable[[Job], Any]) -> Lost | None:
+        """Replace an editor whose `sign(job)` of progress has not changed for too long; one at a time."""
+        for desk in self.desks:
+            if desk.call is None or desk.cell is None:
+                continue
+            if (now := sign(desk.cell.job)) != desk.sign:
+                desk.sign, desk.since = now, time.monotonic()
+            elif time.monotonic() - desk.since > self.stall:
+                cell, desk.call, desk.value = desk.cell, None, None
+                end(desk.actor)
+                return self._died(desk, cell, TimeoutError(f"no progress for {self.stall:g} s; it was killed"))
+        return None
+
     def close(self) -> None:
         """End all editors."""
         for desk in self.desks:
-            if desk.actor is not None:
-                ray.kill(desk.actor)
+            end(desk.actor)
 
     def _opened(self, desk: _Desk, cell: Streaming, stream: Stream) -> Opened | Lost | None:
         if cell.stream is None:
@@ -161,12 +201,15 @@ class Streams:
     def _died(self, desk: _Desk, cell: Streaming, error: Exception) -> Lost | None:
         """Start a new editor, which opens the same cell and takes the steps so far from the journal."""
         reason = str(error).strip().splitlines()[0]
-        self.note("editor lost", editor=desk.name, cell=cell.job.cell, reason=reason)
-        cell.deaths += 1
+        innocent = bool(getattr(error, "preempted", False)) or desk.node_gone
+        what = "node lost" if innocent else "editor lost"
+        self.note(what, editor=desk.name, cell=cell.job.cell, reason=reason)
+        cell.deaths, cell.moves = cell.deaths + (not innocent), cell.moves + innocent
         desk.life += 1
-        desk.actor = self._start(desk.name)
-        if cell.deaths >= DEATHS:
+        desk.actor, desk.since = self._start(desk.name), time.monotonic()
+        desk.about = desk.actor.describe.remote()
+        if cell.deaths >= DEATHS or cell.moves > MOVES:
             desk.cell = None
-            return Lost(cell, f"{cell.deaths} editors died on it one after another: {reason}")
+            return Lost(cell, f"{cell.deaths + cell.moves} editors died on it: {reason}")
         desk.call = desk.actor.open.options(name=f"open {cell.job.cell} again").remote(cell.job)
         return None

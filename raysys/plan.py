@@ -78,7 +78,7 @@ def plan(spec: StudySpec, note: Callable[[str], None] = lambda text: None) -> Pl
             parts.append(_part(spec, model, tokens, benchmark, selected))
         weights.append(_weights(model, spec.dtype))
     c = spec.cluster
-    copies = c.editors + c.evaluators
+    copies = c.editors + c.most
     on_disk = Results(spec.folder).done() if (spec.folder / "spec.json").is_file() else set()
     return Plan(
         name=spec.name,
@@ -93,9 +93,9 @@ def plan(spec: StudySpec, note: Callable[[str], None] = lambda text: None) -> Pl
         done=len(on_disk),
         tokens=sum(p.tokens_in_all for p in parts),
         editors=c.editors,
-        evaluators=c.evaluators,
+        evaluators=c.most,
         cpus=copies * c.threads,
-        gpus=c.editors * c.gpus_per_editor + c.evaluators * c.gpus_per_evaluator,
+        gpus=c.editors * c.gpus_per_editor + c.most * c.gpus_per_evaluator,
         memory_bytes=copies * max(w.bytes for w in weights),
     )
 

@@ -43,7 +43,7 @@ def prepare(spec: StudySpec, workers: int | None = None, tell: artifacts.Tell | 
     with ExitStack() as stack:
         for name in spec.models:
             model = Model.load(name, spec.dtype, _device(spec))
-            collect = _collector(spec, name, workers or spec.cluster.evaluators, cache, tell, note, stack)
+            collect = _collector(spec, name, workers or spec.cluster.most, cache, tell, note, stack)
             yield from _prepared(spec, model, collect, cache, tell)
 
 

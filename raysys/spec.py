@@ -68,21 +68,46 @@ class ComponentSpec(_Named):
         return self.label or method_title(self.name, self.settings)
 
 
+class Between(_Part):
+    """As many as are needed, from `min` to `max`."""
+
+    min: int = Field(default=0, ge=0)
+    max: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Between:
+        if self.min > self.max:
+            raise ValueError(f"min = {self.min} is more than max = {self.max}")
+        return self
+
+
 class ClusterSpec(_Part):
     """Who does the work. Only `threads` (of CPUs), and whether GPUs do it, are part of the study's identity."""
 
-    evaluators: int = Field(default=2, ge=1)
+    evaluators: Annotated[int, Field(ge=1)] | Between = 2  # a number, or {min = 0, max = 8}: as many as are needed
     editors: int = Field(default=1, ge=1)  # cells edited at the same time
     gpus_per_evaluator: float = Field(default=0.0, ge=0)
     gpus_per_editor: float = Field(default=0.0, ge=0)
     threads: int = Field(default=1, ge=1)  # torch threads of every actor on CPU
-    retries: int = Field(default=3, ge=0)  # of a unit, before it is reported as failed
+    retries: int = Field(default=3, ge=0)  # of a unit, before it is reported as failed; lost nodes don't count
+    idle: float = Field(default=60.0, ge=0)  # seconds after which an evaluator beyond the least number is let go
+    stall: float = Field(default=3600.0, gt=0)  # seconds without progress after which an actor is killed and replaced
     snapshots_in_flight: int = Field(default=4, ge=1)  # ahead of scoring, per edit stream
     dashboard: bool = True  # of our own cluster, on loopback
     address: str | None = None  # of a running Ray cluster; None: $RAY_ADDRESS, else one of our own on this machine
     wait: float = Field(default=300.0, gt=0)  # seconds to wait for missing resources before giving up
     trunk_memory: float = Field(default=2.0, ge=0)  # GiB an evaluator may keep of what edits don't change; 0: nothing
     drafts: bool = True  # verify earlier answers instead of generating them again (float32 alone): the same text
+
+    @property
+    def fewest(self) -> int:
+        """Evaluators at least."""
+        return self.evaluators if isinstance(self.evaluators, int) else self.evaluators.min
+
+    @property
+    def most(self) -> int:
+        """Evaluators at most."""
+        return self.evaluators if isinstance(self.evaluators, int) else self.evaluators.max
 
 
 class ScoringSpec(_Part):

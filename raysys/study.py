@@ -19,8 +19,9 @@ from actors import editor, evaluator
 from actors.cluster import NoResources, cluster, wait_for
 from actors.editor import Job
 from actors.feed import Source, Work, feed
-from actors.pool import Done, EvaluatorPool, Failed, PoolError, Unit
+from actors.pool import Done, EvaluatorPool, Failed, Limits, PoolError
 from actors.streams import Lost, Made, Opened, Streaming, Streams
+from actors.waiting import Unit
 from raysys import names
 from raysys.files import content_hash, read_json
 from raysys.progress import Progress, quiet
@@ -56,12 +57,12 @@ def run(spec: StudySpec, progress: Progress | None = None) -> Results:
         results.forget_failures()
         results.write_manifest(_machine(spec))
         try:
-            cpus = _cpus(spec)
-            with cluster(spec.cluster.address, max(cpus, os.cpu_count() or 1), spec.cluster.dashboard) as dashboard:
+            cpus, own = _cpus(spec), max(_cpus(spec, spec.cluster.most), os.cpu_count() or 1)
+            with cluster(spec.cluster.address, own, spec.cluster.dashboard) as dashboard:
                 if dashboard:
                     progress.note(f"Ray dashboard: http://{dashboard}")
-                gpus = spec.cluster.evaluators * spec.cluster.gpus_per_evaluator + spec.cluster.gpus_per_editor
-                wait_for(cpus, gpus, spec.cluster.wait, progress.note)
+                gpus = spec.cluster.fewest * spec.cluster.gpus_per_evaluator + spec.cluster.gpus_per_editor
+                wait_for(cpus, gpus, spec.cluster.wait, progress.note, _bundles(spec))
                 for model in spec.models:
                     _Run(spec, model, edits, results, progress).go()
         except (PoolError, NoResources) as error:
@@ -88,6 +89,7 @@ class _Run:
         self.total = 0
         self.seen: set[str] = set()  # units submitted or found done
         self.told = -TELLING  # when it was last said what is being prepared
+        self.shown = 0.0  # when progress was last shown
         self.cells = [self._cell(m, o) for name, m, o in spec.grid() if name == model]
 
     def go(self) -> None:
@@ -96,12 +98,13 @@ class _Run:
         about = (self.model, spec.dtype, _device(spec, c.gpus_per_editor), c.threads)
         start = partial(editor.start, model=about[0], dtype=about[1], device=about[2], threads=about[3],
                         gpus=c.gpus_per_editor)  # fmt: skip
-        streams = Streams(start, c.editors, self.cells, self.results.note)
+        streams = Streams(start, c.editors, self.cells, self.results.note, c.stall)
         about = (self.model, spec.dtype, _device(spec, c.gpus_per_evaluator), c.threads)
         begin = partial(evaluator.start, model=about[0], dtype=about[1], device=about[2], threads=about[3],
                         gpus=c.gpus_per_evaluator, trunk_memory=c.trunk_memory, drafts=c.drafts,
                         softmax=spec.scoring.softmax)  # fmt: skip
-        pool = EvaluatorPool(begin, c.evaluators, c.retries, self.results.note)
+        limits = Limits(fewest=c.fewest, most=c.most, retries=c.retries, idle=c.idle, stall=c.stall)
+        pool = EvaluatorPool(begin, limits, self.results.note)
         try:
             self._feed()
             heard = time.monotonic()
@@ -111,6 +114,7 @@ class _Run:
                 ready, _ = ray.wait([*streams.refs, *pool.refs], timeout=1.0)
                 for ref in ready:
                     self._take(ref, streams, pool)
+                self._tick(streams, pool)
                 self._show(pool)
                 heard = time.monotonic() if ready else heard
                 if time.monotonic() - heard > SILENCE and pool.starting:
@@ -143,6 +147,17 @@ class _Run:
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
+    def _tick(self, streams: Streams, pool: EvaluatorPool) -> None:
+        """What time brings: actors that hang, nodes that leave, snapshots that nobody asks for any more."""
+        for outcome in pool.tick():
+            self._record(outcome)
+        if lost := streams.watch(self._sign):
+            self._lost(lost)
+        for cell in self.cells:
+            if cell.stream is not None:
+                for edits in [n for n in cell.values if not pool.open(cell.stream.key(n))]:
+                    del cell.values[edits]
+
     def _take(self, ref: Any, streams: Streams, pool: EvaluatorPool) -> None:
         if ref not in streams.refs:
             for outcome in pool.take(ref):
@@ -154,9 +169,13 @@ class _Run:
         elif isinstance(news, Made):
             pool.submit(self._units(news.cell, news.edits))
         elif isinstance(news, Lost):
-            self.progress.warn(f"{news.cell.job.cell} is given up: {news.reason}")
-            about = {"cell": news.cell.job.cell, "benchmark": "", "tries": 1, "reason": news.reason}
-            self.results.fail(f"cell-{news.cell.job.cell}", about)
+            self._lost(news)
+
+    def _lost(self, news: Lost) -> None:
+        """A cell is given up: told, and on record."""
+        self.progress.warn(f"{news.cell.job.cell} is given up: {news.reason}")
+        about = {"cell": news.cell.job.cell, "benchmark": "", "tries": 1, "reason": news.reason}
+        self.results.fail(f"cell-{news.cell.job.cell}", about)
 
     def _opened(self, cell: Streaming) -> None:
         """Describe the cell: from now on its results can be told from others'."""
@@ -211,7 +230,7 @@ class _Run:
             part = parts[work.benchmark]
             units.append(
                 Unit(name, key, edits, cell.job.cell, work, part.name, part.settings,
-                     partial(cell.values.__getitem__, edits), partial(cell.restore, edits), self._depth())
+                     partial(cell.value, edits), partial(cell.restore, edits), self._depth())
             )  # fmt: skip
         return units
 
@@ -252,19 +271,28 @@ class _Run:
         return Streaming(job, method.title, order, self.spec.snapshots)
 
     def _show(self, pool: EvaluatorPool) -> None:
+        """Everything that can be shown, once a second: looking at the run folder costs time."""
+        if time.monotonic() - self.shown < 1:
+            return
+        self.shown = time.monotonic()
         for cell in self.cells:
-            last = max((int(p.stem) for p in Path(cell.job.journal).glob("[0-9]*.safetensors")), default=0)
-            self.progress.edited(cell.job.cell, last)
-            self._preparing(cell.job)
+            edited, told = self._sign(cell.job)
+            self.progress.edited(cell.job.cell, edited)
+            self._preparing(cell.job, told)
         self.progress.scored(self.scored, self._expected(), pool.busy)
 
-    def _preparing(self, job: Job) -> None:
-        """Say what an editor makes before its first edit, and every few seconds how far that is."""
+    @staticmethod
+    def _sign(job: Job) -> tuple[int, Any]:
+        """How far an editor is: the last edit in its journal, and what it makes before its first edit."""
         path = Path(job.journal).parent / editor.PREPARING
+        last = max((int(p.stem) for p in Path(job.journal).glob("[0-9]*.safetensors")), default=0)
         try:
-            told = read_json(path) if path.is_file() else None
+            return last, read_json(path) if path.is_file() else None
         except (ValueError, OSError):  # gone, or being replaced
-            return
+            return last, None
+
+    def _preparing(self, job: Job, told: Any) -> None:
+        """Say what an editor makes before its first edit, and every few seconds how far that is."""
         if told and time.monotonic() - self.told >= TELLING:
             self.told = time.monotonic()
             self.progress.note(f"{job.cell}: {told['what']}, {told['done']} done (once; it is kept in the cache)")
@@ -299,9 +327,20 @@ def select_edits(spec: StudySpec, order: int) -> Selected:
     return Selected(chosen.cases, chosen.dropped, held_out)
 
 
-def _cpus(spec: StudySpec) -> int:
-    """Logical CPUs that a study holds: its actors, and two for Ray Data."""
-    return (spec.cluster.evaluators + spec.cluster.editors) * spec.cluster.threads + 2
+def _cpus(spec: StudySpec, evaluators: int | None = None) -> int:
+    """Logical CPUs that a study holds: its actors (the fewest evaluators unless told), and two for Ray Data."""
+    evaluators = spec.cluster.fewest if evaluators is None else evaluators
+    return (evaluators + spec.cluster.editors) * spec.cluster.threads + 2
+
+
+def _bundles(spec: StudySpec) -> list[dict[str, float]]:
+    """What each actor needs on a node, of those that a study can't do without; and a place for Ray Data."""
+    c = spec.cluster
+
+    def share(gpus: float) -> dict[str, float]:
+        return {"CPU": float(c.threads)} | ({"GPU": gpus} if gpus else {})
+
+    return [share(c.gpus_per_editor)] + [share(c.gpus_per_evaluator)] * c.fewest + [{"CPU": 1.0}] * 2
 
 
 def _device(spec: StudySpec, gpus: float) -> str:
