@@ -26,7 +26,7 @@ from benchmarks.bbh_prompts import STEPS, SUBTASKS
 from benchmarks.exemplars import Exemplar
 from benchmarks.sources import Placed
 from raysys.names import did_you_mean
-from raysys.types import Answer, Generate, Generated, Query, Score
+from raysys.types import Answer, Generate, Generated, Query, Score, Turn
 
 Form = Literal["cot_fewshot", "fewshot", "cot_zeroshot", "zeroshot"]
 SHOTS = 3
@@ -80,7 +80,8 @@ class Bbh:
         form, shots = self._form, 0 if self._zero else SHOTS if self.shots is None else self.shots
         for task, rows in self._tables().items():
             description, examples, asked = self._shown(task, rows, shots)
-            shared = description + "".join(map(self._example, examples))
+            shown = [Turn("system", description)] if description else []
+            shown += [turn for example in examples for turn in self._example(example)]
             for number, row in enumerate(asked[: self.limit]):
                 text, target = sources.text_field(row, "input"), _target(row)
                 extra: dict[str, Any] = {"form": form, "protocol": self.protocol}
@@ -89,13 +90,12 @@ class Bbh:
                     extra["known"] = bbh_answers.listed(text) if words else bbh_answers.options(text)
                 yield Generate(
                     id=f"bbh/{form}/{task}/{number}",
-                    prompt=shared + self._question(text),
                     stops=ZEROSHOT_STOPS if self._zero else FEWSHOT_STOPS,
                     gold=target,
                     max_tokens=self.max_tokens or MAX_TOKENS.get(form, 256),
                     group=task,
-                    shared=shared,
                     extra=extra,
+                    **common.posed(shown, self._question(text)),
                 )
 
     def score(self, query: Query, answer: Answer) -> Iterator[Score]:
@@ -125,9 +125,8 @@ class Bbh:
         steps = {"cot_fewshot": f" {STEPS}\n", "cot_zeroshot": f" {STEPS}"}.get(self._form, "")
         return f"Q: {text}\nA:{steps}"
 
-    def _example(self, example: Exemplar) -> str:
-        blank = "" if self._form == "cot_fewshot" else " "
-        return f"{self._question(example.question)}{blank}{example.answer}\n\n"
+    def _example(self, example: Exemplar) -> tuple[Turn, Turn]:
+        return common.shot(self._question(example.question), example.answer, "" if self._form == "cot_fewshot" else " ")
 
     def _shown(self, task: str, rows: list[Placed], shots: int) -> tuple[str, Sequence[Exemplar], list[Placed]]:
         """The description, `shots` examples in this form, and the rows that are asked."""

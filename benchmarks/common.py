@@ -1,13 +1,15 @@
-"""What several benchmarks share: checks of settings, shots drawn as lm-evaluation-harness draws them, a safe choice."""
+"""What several benchmarks share: checks of settings, shots drawn as lm-evaluation-harness draws them, texts of a query,
+a safe choice."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
+from typing import Any
 
 from benchmarks.sources import Placed
-from raysys.types import Chosen
+from raysys.types import Chosen, Turn, plain
 
 SHOT_SEED = 1234  # lm-evaluation-harness' default --seed for shots
 
@@ -53,6 +55,18 @@ def drawn(pool: Sequence[Placed], asked: Sequence[Placed], shots: int, where: st
         if len(found) < shots:
             found = draw.sample([row for row in pool if row.row != doc.row], shots)
         yield found[:shots]
+
+
+def shot(question: str, answer: str, blank: str = " ") -> tuple[Turn, Turn]:
+    """An example: the question, what joins it to its answer (`blank`), the answer."""
+    return Turn("user", question, blank), Turn("assistant", answer, "\n\n")
+
+
+def posed(before: Sequence[Turn], question: str, shared: bool = True) -> dict[str, Any]:
+    """The texts of a query: description and examples, then the question; `shared`: others stand behind the same."""
+    start = plain(before)
+    turns = (*before, Turn("user", question, " "))
+    return {"prompt": start + question, "shared": start if shared else "", "turns": turns}
 
 
 def best(answer: Chosen, worth: Callable[[int, float], float] = lambda _, logprob: logprob) -> int | None:

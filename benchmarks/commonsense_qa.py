@@ -13,14 +13,14 @@ far as they tell it: seven shots and a generated answer. Their shots are not pub
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from benchmarks import common, sources
 from benchmarks.sources import Placed
-from raysys.types import Answer, Choose, Chosen, Generate, Generated, Query, Score
+from raysys.types import Answer, Choose, Chosen, Generate, Generated, Query, Score, Turn
 
 LETTERS = ("A", "B", "C", "D", "E")
 HUB = sources.Hub(
@@ -64,31 +64,30 @@ class CommonsenseQa:
         pool, asked = tables.get("train", []), tables["validation"][: self.limit]
         where = f"{self.name} {self.data!r}"
         fixed = self.fixed_shots or self.protocol == "paper"
-        shared = "".join(map(example, common.first(pool, shots, where))) if fixed else ""
-        shown = [()] * len(asked) if fixed else common.drawn(pool, asked, shots, where)
+        shown: Iterable[Sequence[Placed]] = (
+            [common.first(pool, shots, where)] * len(asked) if fixed else common.drawn(pool, asked, shots, where)
+        )
         for number, (row, rows) in enumerate(zip(asked, shown, strict=True)):
-            yield self._query(number, row, shared, rows)
+            yield self._query(number, row, rows, fixed)
 
-    def _query(self, number: int, row: Placed, shared: str, rows: Sequence[Placed]) -> Query:
-        prompt = shared + "".join(map(example, rows)) + question(row)
+    def _query(self, number: int, row: Placed, rows: Sequence[Placed], fixed: bool) -> Query:
+        texts = common.posed([turn for shown in rows for turn in example(shown)], question(row), shared=fixed)
         gold = answer_index(row)
         if self.protocol == "paper":
             return Generate(
                 id=f"{self.name}/paper/{number}",
-                prompt=prompt,
                 stops=STOPS,
                 gold=LETTERS[gold],
                 max_tokens=self.max_tokens,
-                shared=shared,
                 extra={"protocol": "paper"},
+                **texts,
             )
         return Choose(
             id=f"{self.name}/{'fixed/' if self.fixed_shots else ''}{number}",
-            prompt=prompt,
             choices=tuple(f" {letter}" for letter in LETTERS),
             gold=gold,
-            shared=shared,
             extra={"protocol": "fixed shots" if self.fixed_shots else "harness"},
+            **texts,
         )
 
     def score(self, query: Query, answer: Answer) -> Iterator[Score]:
@@ -112,8 +111,8 @@ def question(row: Placed) -> str:
     return f"Question: {sources.text_field(row, 'question').strip()}{lines}\nAnswer:"
 
 
-def example(row: Placed) -> str:
-    return f"{question(row)} {LETTERS[answer_index(row)]}\n\n"
+def example(row: Placed) -> tuple[Turn, Turn]:
+    return common.shot(question(row), LETTERS[answer_index(row)])
 
 
 def letter(text: str) -> str:

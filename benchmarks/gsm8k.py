@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 from benchmarks import common, exemplars, sources
 from benchmarks.exemplars import Exemplar
 from benchmarks.sources import Placed
-from raysys.types import Answer, Generate, Generated, Query, Score
+from raysys.types import Answer, Generate, Generated, Query, Score, Turn
 
 HUB = sources.Hub(
     id="openai/gsm8k",
@@ -83,17 +83,16 @@ class Gsm8k:
                 f"Set shots = {len(train)} or complete the data."
             )
         draw = Random(common.SHOT_SEED)
-        fixed = "".join(map(example, train[:shots])) if self.fixed_shots else ""
         for number, row in enumerate(tables["test"][: self.limit]):
-            examples = fixed or "".join(map(example, draw.sample(train, shots)))
+            examples = train[:shots] if self.fixed_shots else draw.sample(train, shots)
+            shown = [turn for each in examples for turn in example(each)]
             yield Generate(
                 id=f"gsm8k/{'fixed/' if self.fixed_shots else ''}{number}",
-                prompt=examples + question(row),
                 stops=STOPS,
                 gold=final(answer_text(row)),
                 max_tokens=self.max_tokens,
-                shared=fixed,
                 extra={"protocol": "fixed shots" if self.fixed_shots else self.protocol},
+                **common.posed(shown, question(row), shared=self.fixed_shots),
             )
 
     def _cot(self) -> Iterator[Query]:
@@ -104,17 +103,16 @@ class Gsm8k:
             raise ValueError(
                 f"gsm8k: {len(found)} worked examples, {shots} shots wanted. Set shots = {len(found)} or fewer."
             )
-        shared = "".join(f"Q: {e.question}\nA: {e.answer}\n\n" for e in found[:shots])
+        shown = [turn for e in found[:shots] for turn in common.shot(f"Q: {e.question}\nA:", e.answer)]
         rows = sources.splits(self.name, self.data, HUB, ("test",))["test"]
         for number, row in enumerate(rows[: self.limit]):
             yield Generate(
                 id=f"gsm8k/cot/{number}",
-                prompt=f"{shared}Q: {sources.text_field(row, 'question')}\nA:",
                 stops=COT_STOPS,
                 gold=final(answer_text(row)),
                 max_tokens=self.max_tokens,
-                shared=shared,
                 extra={"protocol": self.protocol, "form": "cot"},
+                **common.posed(shown, f"Q: {sources.text_field(row, 'question')}\nA:"),
             )
 
     def score(self, query: Query, answer: Answer) -> Iterator[Score]:
@@ -135,8 +133,8 @@ def question(row: Placed) -> str:
     return f"Question: {sources.text_field(row, 'question')}\nAnswer:"
 
 
-def example(row: Placed) -> str:
-    return f"{question(row)} {answer_text(row)}\n\n"
+def example(row: Placed) -> tuple[Turn, Turn]:
+    return common.shot(question(row), answer_text(row))
 
 
 def answer_text(row: Placed) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import io
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from benchmarks import common, sources
 from benchmarks.sources import Placed
 from raysys.names import did_you_mean
-from raysys.types import Answer, Choose, Chosen, Generate, Generated, Query, Score
+from raysys.types import Answer, Choose, Chosen, Generate, Generated, Query, Score, Turn
 
 LETTERS = ("A", "B", "C", "D")
 STOPS = ("</s>", "\n")  # of the generative form
@@ -107,51 +107,48 @@ class Mmlu:
                     f"mmlu {subject!r}: {len(examples)} rows in split 'dev' of {self.data!r}, {self.shots} shots "
                     f"wanted. Set shots = {len(examples)} or complete the data."
                 )
-            shared = self._header(subject) + "".join(map(self._example, examples))
+            shown = [Turn("system", self._header(subject)), *(turn for e in examples for turn in self._example(e))]
             for number, row in enumerate(test[subject][: self.limit]):
-                yield self._query(subject, number, shared, item(row))
+                yield self._query(subject, number, shown, item(row))
 
-    def _query(self, subject: str, number: int, shared: str, asked: Item) -> Query:
+    def _query(self, subject: str, number: int, shown: Sequence[Turn], asked: Item) -> Query:
         extra = {"category": CATEGORY.get(subject, "")}
         if self._form == "letters":
             return Choose(
                 id=f"mmlu/{subject}/{number}",
-                prompt=shared + asked.text,
                 choices=tuple(f" {letter}" for letter in LETTERS),
                 gold=asked.answer,
                 group=subject,
-                shared=shared,
                 extra=extra,
+                **common.posed(shown, asked.text),
             )
         extra |= {"form": self._form, "protocol": self.protocol}
         if self._form == "continuation":
             return Choose(
                 id=f"mmlu/continuation/{subject}/{number}",
-                prompt=f"{shared}Question: {asked.question}\nAnswer:",
                 choices=tuple(f" {option}" for option in asked.options),
                 gold=asked.answer,
                 group=subject,
-                shared=shared,
                 extra=extra,
+                **common.posed(shown, f"Question: {asked.question}\nAnswer:"),
             )
         return Generate(
             id=f"mmlu/generative/{subject}/{number}",
-            prompt=shared + asked.text,
             stops=STOPS,
             gold=LETTERS[asked.answer],
             group=subject,
-            shared=shared,
             extra=extra,
+            **common.posed(shown, asked.text),
         )
 
     def _header(self, subject: str) -> str:
         """What comes before the examples."""
         return header(subject).replace("multiple choice ", "") if self._form == "continuation" else header(subject)
 
-    def _example(self, shown: Item) -> str:
+    def _example(self, shown: Item) -> tuple[Turn, Turn]:
         if self._form == "continuation":
-            return f"Question: {shown.question}\nAnswer: {shown.options[shown.answer]}\n\n"
-        return f"{shown.text} {LETTERS[shown.answer]}\n\n"
+            return common.shot(f"Question: {shown.question}\nAnswer:", shown.options[shown.answer])
+        return common.shot(shown.text, LETTERS[shown.answer])
 
     def score(self, query: Query, answer: Answer) -> Iterator[Score]:
         """accuracy: 1 when the right letter (or option, or generated letter) is given; ties go to the earlier one.

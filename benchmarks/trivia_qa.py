@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import ast
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from benchmarks import common, sources
 from benchmarks.sources import Placed
-from raysys.types import Answer, Generate, Generated, Query, Score
+from raysys.types import Answer, Generate, Generated, Query, Score, Turn
 
 HUB = sources.Hub(
     id="mandarjoshi/trivia_qa",
@@ -65,19 +65,21 @@ class TriviaQa:
         pool, asked = tables.get("train", []), tables["validation"][: self.limit]
         where = f"{self.name} {self.data!r}"
         fixed = self.fixed_shots or self.protocol == "paper"
-        shared = "".join(map(example, common.first(pool, self.shots, where))) if fixed else ""
-        shown = [()] * len(asked) if fixed else common.drawn(pool, asked, self.shots, where)
+        shown: Iterable[Sequence[Placed]] = (
+            [common.first(pool, self.shots, where)] * len(asked)
+            if fixed
+            else common.drawn(pool, asked, self.shots, where)
+        )
         protocol = "fixed shots" if self.fixed_shots and self.protocol == "harness" else self.protocol
         part = {"fixed shots": "fixed/", "paper": "paper/"}.get(protocol, "")
         for number, (row, rows) in enumerate(zip(asked, shown, strict=True)):
             yield Generate(
                 id=f"{self.name}/{part}{number}",
-                prompt=shared + "".join(map(example, rows)) + question(row),
                 stops=STOPS,
                 gold=list(aliases(row)),
                 max_tokens=self.max_tokens,
-                shared=shared,
                 extra={"protocol": protocol},
+                **common.posed([turn for r in rows for turn in example(r)], question(row), shared=fixed),
             )
 
     def score(self, query: Query, answer: Answer) -> Iterator[Score]:
@@ -94,8 +96,8 @@ def question(row: Placed) -> str:
     return f"Question: {sources.text_field(row, 'question')}?\nAnswer:"
 
 
-def example(row: Placed) -> str:
-    return f"{question(row)} {aliases(row)[0]}\n\n"
+def example(row: Placed) -> tuple[Turn, Turn]:
+    return common.shot(question(row), aliases(row)[0])
 
 
 def bare(text: str) -> str:

@@ -23,7 +23,7 @@ _HOME = {
     "Dense": "raysys.patch",
     **dict.fromkeys(
         ("Answer", "Benchmark", "Choose", "Chosen", "Edit", "EditCase", "EditMethod", "EditRefused", "EditRequest",
-         "Generate", "Generated", "Patch", "Probe", "Query", "Score", "Scored"),
+         "Generate", "Generated", "Patch", "Probe", "Query", "Score", "Scored", "Turn"),
         "raysys.types",
     ),
 }  # fmt: skip

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from raysys.files import content_hash
-from raysys.types import Choose, Generate, Query
+from raysys.types import Choose, Generate, Query, Turn
 
 if TYPE_CHECKING:
+    from raysys.chat import Chat
     from raysys.tokens import Tokens
 
 Ids = tuple[int, ...]
@@ -79,13 +80,15 @@ class Block:
 
 
 def query_tree(query: Query) -> dict[str, Any]:
-    """A query as plain data."""
-    return {"kind": query.kind} | asdict(query)
+    """A query as plain data; without turns it is what it was before there were any."""
+    tree = {"kind": query.kind} | asdict(query)
+    return tree if query.turns else {k: v for k, v in tree.items() if k != "turns"}
 
 
 def query_of(tree: Mapping[str, Any]) -> Query:
     """The query that `query_tree` described."""
     fields = {k: v for k, v in tree.items() if k != "kind"}
+    fields["turns"] = tuple(Turn(*turn) for turn in fields.get("turns", ()))
     if tree["kind"] == Choose.kind:
         return Choose(**(fields | {"choices": tuple(fields["choices"])}))
     return Generate(**(fields | {"stops": tuple(fields["stops"])}))
@@ -113,22 +116,24 @@ def pack(
     batch: int,
     size: int,
     cuts: Sequence[int] = (),
+    chat: Chat | None = None,
 ) -> Iterator[Block]:
     """Tokenise one group of `by_prefix` and cut it into blocks of at most `size` queries of similar length.
 
     A query too long for the model is truncated from the left (the rule of lm-evaluation-harness) and, since it has
-    lost the prefix that the others share, goes into a block without one.
+    lost the prefix that the others share, goes into a block without one. Under a chat template (`chat`) a prefix is
+    whatever tokens the queries all begin with.
     """
     whole: list[Item] = []
     cut: list[Item] = []
     for query in queries:
-        item, truncated = _tokenise(model, query)
+        item, truncated = _tokenise(model, query, chat)
         (cut if truncated else whole).append(item)
     edits = _range(queries[0].edit, cuts) if queries else (0, 0)
-    for items, shared in ((whole, queries[0].shared if queries else ""), (cut, "")):
+    for items, limit in ((whole, _shared(model, queries, chat)), (cut, 0)):
         if not items:
             continue
-        prefix = _common_prefix([i.tokens for i in items], len(model.encode(shared))) if shared else ()
+        prefix = _common_prefix([i.tokens for i in items], limit)
         items = [Item(i.query, i.tokens[len(prefix) :], i.choices) for i in items]
         items.sort(key=lambda i: (-len(i.tokens) - max(map(len, i.choices), default=0), i.query.id))
         for start in range(0, len(items), size):
@@ -143,10 +148,19 @@ def _range(edit: int, cuts: Sequence[int]) -> tuple[int, int]:
     return first, last
 
 
-def _tokenise(model: Tokens, query: Query) -> tuple[Item, bool]:
-    blank = asdict(query) | {"prompt": "", "shared": ""}
+def _shared(model: Tokens, queries: Sequence[Query], chat: Chat | None) -> int:
+    """How many tokens a group may share at most."""
+    if chat is not None:
+        return model.max_length
+    return len(model.encode(queries[0].shared)) if queries and queries[0].shared else 0
+
+
+def _tokenise(model: Tokens, query: Query, chat: Chat | None) -> tuple[Item, bool]:
+    blank = asdict(replace(query, prompt="", shared="", turns=()))  # choices as the benchmark scores them
+    if chat is not None:
+        query = chat.asked(model.tokenizer, query)
     if isinstance(query, Generate):
-        tokens = model.encode(query.prompt)
+        tokens = model.encode(query.prompt, generation=True)
         room = model.max_length - query.max_tokens
         if room < 1:
             raise ValueError(
@@ -173,10 +187,9 @@ def _tokenise(model: Tokens, query: Query) -> tuple[Item, bool]:
 def _common_prefix(rows: Sequence[Ids], limit: int) -> Ids:
     """The longest prefix that all rows share, at most `limit` long, leaving each row at least one token."""
     length = min(limit, *(len(r) - 1 for r in rows))
-    first = rows[0]
-    while length > 0 and any(r[:length] != first[:length] for r in rows):
-        length -= 1
-    return first[: max(length, 0)]
+    first, last = min(rows), max(rows)  # what these two share, all do
+    same = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return first[: max(min(length, same), 0)]
 
 
 def _item_tree(item: Item) -> dict[str, Any]:

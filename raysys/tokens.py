@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from raysys.loading import load_tokenizer
@@ -38,9 +39,25 @@ class Tokens:
                 return int(id_)
         return 0
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of `text`, with the special tokens that the tokenizer adds by itself."""
-        ids: list[int] = self.tokenizer.encode(text, verbose=False)
+    @cached_property
+    def start_id(self) -> int | None:
+        """The token that begins a text: BOS, or EOS where there is none."""
+        ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        return next((int(i) for i in ids if i is not None), None)
+
+    @cached_property
+    def _start(self) -> str | None:
+        return None if self.start_id is None else self.decode([self.start_id], special=True)
+
+    def encode(self, text: str, generation: bool = False) -> list[int]:
+        """Tokens of `text`, with the special tokens that the tokenizer adds by itself unless the text has the first.
+
+        So lm-evaluation-harness does; for a prompt of `generation` it looks for BOS alone, elsewhere also for what
+        begins a text without it (see `start_id`).
+        """
+        start = self.tokenizer.bos_token if generation else self._start
+        there = start is not None and text.startswith(start)
+        ids: list[int] = self.tokenizer.encode(text, verbose=False, **({"add_special_tokens": False} if there else {}))
         return ids
 
     def decode(self, ids: Sequence[int] | Any, special: bool = False) -> str:
@@ -59,10 +76,8 @@ class Tokens:
             prompt, continuation = prompt[:-blanks], prompt[-blanks:] + continuation
         if not prompt:
             ids = self.tokenizer.encode(continuation, add_special_tokens=False, verbose=False)
-            start = self.tokenizer.bos_token_id
-            start = self.tokenizer.eos_token_id if start is None else start
-            if start is None or ids[:1] == [start]:
+            if self.start_id is None or ids[:1] == [self.start_id]:
                 return ids[:1], ids[1:]
-            return [start], ids
+            return [self.start_id], ids
         head = self.encode(prompt)
         return head, self.encode(prompt + continuation)[len(head) :]

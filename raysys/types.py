@@ -6,11 +6,11 @@ A *query* is one question put to a model; an *answer* is what the model gave; a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,6 +77,22 @@ class EditCase:
 # --- queries and answers ---------------------------------------------------------------------------------------------
 
 
+class Turn(NamedTuple):
+    """What one side says in a prompt: `text`, and in a plain prompt `end`, which joins it to what follows.
+
+    A chat template needs no ends. What joins a question to its choices is the question's `end`: choices begin with it.
+    """
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+    end: str = ""
+
+
+def plain(turns: Iterable[Turn]) -> str:
+    """The turns as they stand in a plain prompt, each with its end."""
+    return "".join(turn.text + turn.end for turn in turns)
+
+
 @dataclass(frozen=True)
 class Choose:
     """Score each of `choices` (continuations with their leading blank) after `prompt`; `gold` indexes the right one.
@@ -84,6 +100,8 @@ class Choose:
     `prompt` starts with `shared`, the text that other queries of the benchmark begin with too (few-shot examples):
     its keys and values are computed once for all of them. `edit` is the 1-based position of the edit that the
     query belongs to, 0 for none: a snapshot after n edits is asked only queries with `edit` <= n.
+    `turns` say the prompt again, as a chat: a description (system), examples (user, assistant), the question (user).
+    Without them a chat template is given the whole prompt as one message of the user's.
     """
 
     id: str
@@ -94,6 +112,7 @@ class Choose:
     shared: str = ""
     edit: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)
+    turns: tuple[Turn, ...] = ()
     kind: ClassVar[str] = "choose"
 
 
@@ -110,6 +129,7 @@ class Generate:
     shared: str = ""
     edit: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)
+    turns: tuple[Turn, ...] = ()
     kind: ClassVar[str] = "generate"
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.edits import World, select
 from raysys import names
-from raysys.types import Answer, Choose, Chosen, Generate, Generated, Probe, Query, Scored
+from raysys.types import Answer, Choose, Chosen, Generate, Generated, Probe, Query, Scored, plain
 
 LIMITED = ("mmlu", "gsm8k", "commonsense_qa", "trivia_qa", "truthful_qa", "toxigen", "locality", "perplexity")
 OPEN = ("ngram_entropy_bits", "nats_per_token")  # metrics whose values are no shares
@@ -62,6 +62,17 @@ def test_prompts_start_with_what_they_share(asked: tuple[str, list[Query]]) -> N
         assert len(query.prompt) > len(query.shared) or query.prompt == ""  # running text begins with nothing
 
 
+def test_turns_say_the_prompt_again(asked: tuple[str, list[Query]]) -> None:
+    _, queries = asked
+    for query in (q for q in queries if q.turns):
+        *before, question = query.turns
+        assert plain(before) + question.text == query.prompt
+        assert question.role == "user" and all(t.role != "system" for t in query.turns[1:])
+        assert not query.shared or query.shared == plain(before)
+        if isinstance(query, Choose):
+            assert all(choice.startswith(question.end) for choice in query.choices)
+
+
 def test_questions_are_well_formed(asked: tuple[str, list[Query]]) -> None:
     _, queries = asked
     for query in queries:
@@ -77,7 +88,7 @@ def test_scoring_needs_nothing_but_what_travels(asked: tuple[str, list[Query]]) 
     fresh = names.benchmark(name)()
     seen: set[str] = set()
     for query in queries:
-        bare = replace(query, prompt="", shared="")
+        bare = replace(query, prompt="", shared="", turns=())
         for answer in answers(query):
             scores = list(fresh.score(bare, answer))
             if query is queries[0]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from raysys.blocks import by_prefix, pack
+from raysys.chat import Chat
 from raysys.model import Model
 from raysys.scoring import Engine
 from raysys.stats import pooled_error, standard_error
@@ -33,29 +34,33 @@ class Found:
     values: dict[str, tuple[float, float]] = field(default_factory=dict)  # metric -> aggregate, standard error
 
 
-def compare(model: Model, peer: Any, form: Form, data: str, limit: int | None) -> Found:
-    """Ask both the same items and compare everything."""
+def compare(model: Model, peer: Any, form: Form, data: str, limit: int | None, chat: Chat | None = None) -> Found:
+    """Ask both the same items, as plain prompts or through the model's chat template, and compare everything."""
     benchmark = form.ours(data, limit)
     queries = list(benchmark.queries())
     found = Found(items=len(queries))
     tasks = form.parts(form, data, limit)
     for task in tasks.values():
-        task.build_all_requests(limit=limit or form.limit)
+        task.build_all_requests(limit=limit or form.limit, **templated(peer, chat))
     asked = [
         (group, i) for group, task in tasks.items() for i in sorted(task.instances, key=lambda i: (i.doc_id, i.idx))
     ]
     said = replies(peer, [i for _, i in asked])
-    mine = answers(model, queries)
+    mine = answers(model, queries, chat)
     place = 0
     items: list[tuple[Query, str, Any, list[Any]]] = []
     for query in queries:
         width = len(query.choices) if isinstance(query, Choose) else 1
         group, instance = asked[place]
         theirs = said[place : place + width]
-        if query.prompt != instance.args[0] or query.group not in (group, ""):
+        posed = chat.asked(model.tokenizer, query) if chat else query
+        if posed.prompt != instance.args[0] or query.group not in (group, ""):
             found.faults.append(f"{query.id}: another prompt")
             return found
-        agree(model, query, mine[query.id], theirs, found)
+        if isinstance(posed, Choose) and posed.choices != tuple(i.args[1] for _, i in asked[place : place + width]):
+            found.faults.append(f"{query.id}: other choices")
+            return found
+        agree(model, posed, mine[query.id], theirs, found)
         items.append((query, group, instance, [asked[place + k][1] for k in range(width)]))
         place += width
     if place != len(asked):
@@ -72,10 +77,22 @@ def compare(model: Model, peer: Any, form: Form, data: str, limit: int | None) -
     return found
 
 
-def answers(model: Model, queries: Sequence[Query]) -> dict[str, Answer]:
+def templated(peer: Any, chat: Chat | None) -> dict[str, Any]:
+    """What the harness' tasks are told of a chat."""
+    if chat is None:
+        return {}
+    return {
+        "apply_chat_template": True,
+        "chat_template": peer.apply_chat_template,
+        "fewshot_as_multiturn": chat.multiturn,
+        "system_instruction": chat.system or None,
+    }
+
+
+def answers(model: Model, queries: Sequence[Query], chat: Chat | None = None) -> dict[str, Answer]:
     """Our answer to every query."""
-    engine = Engine(model)
-    blocks = [b for g in by_prefix(queries) for b in pack(model.tokens, "parity", {}, g, batch=BATCH, size=256)]
+    engine, how = Engine(model), {"batch": BATCH, "size": 256}
+    blocks = [b for g in by_prefix(queries) for b in pack(model.tokens, "parity", {}, g, chat=chat, **how)]
     return {i.query.id: a for b in blocks for i, a in zip(b.items, engine.answer(b), strict=True)}
 
 
@@ -112,7 +129,7 @@ def agree(model: Model, query: Query, ours: Answer, theirs: Sequence[Any], found
 def nearest(model: Model, query: Generate, one: str, other: str) -> float:
     """Gap of the two best logits where the texts part (a character may take four tokens: the least of those)."""
     shared = next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    ids = model.encode(query.prompt)[-(model.max_length - query.max_tokens) :]
+    ids = model.tokens.encode(query.prompt, generation=True)[-(model.max_length - query.max_tokens) :]
     start, gaps = len(ids), []
     with torch.inference_mode():
         for _ in range(query.max_tokens):

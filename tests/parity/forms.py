@@ -84,7 +84,7 @@ def one(
 
 def subtasks(form: Form, data: str, limit: int | None) -> dict[str, Any]:
     """BIG-Bench Hard: one task a subtask."""
-    ours = Bbh(data=data)
+    ours = Bbh(data=data, subtasks=form.settings.get("subtasks", ()))
     kind = form.settings["form"]
     return {name: task(f"bbh/{kind}/{name}.yaml", {"test": plain(rows)}, None) for name, rows in ours._tables().items()}
 
