@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +16,7 @@ import ray.data
 
 from raysys import names
 from raysys.blocks import Block, by_prefix, pack, query_of, query_tree
+from raysys.chat import Chat
 from raysys.tokens import Tokens
 from raysys.types import EditCase, EditRequest, Probe
 
@@ -30,6 +31,7 @@ class Source:
     order: int = -1  # of the edits, for a benchmark about them; -1 for all others
     cases: tuple[EditCase, ...] = ()  # what a benchmark about the edits is about
     facts: tuple[Probe, ...] = ()  # what a benchmark about everything else is about
+    chat: Chat | None = None  # how the model's chat template is applied, if it is
 
     def build(self) -> Any:
         """The benchmark itself."""
@@ -39,8 +41,9 @@ class Source:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Name, version and settings: part of the identity of every result."""
-        return {"name": self.name, "version": names.benchmark(self.name).version, "settings": dict(self.settings)}
+        """Name, version, settings and the chat, if there is one: part of the identity of every result."""
+        about = {"name": self.name, "version": names.benchmark(self.name).version, "settings": dict(self.settings)}
+        return about if self.chat is None else about | {"chat": asdict(self.chat)}
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,8 @@ def _read(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     try:
         for number, group in enumerate(by_prefix(source.build().queries(), row["cuts"])):
             if number % row["shards"] == row["shard"]:
-                yield about | {"queries": json.dumps([query_tree(q) for q in group]), "fault": ""}
+                told = group if source.chat else [replace(q, turns=()) for q in group]  # nobody else reads the turns
+                yield about | {"queries": json.dumps([query_tree(q) for q in told]), "fault": ""}
     except (ValueError, OSError) as error:
         yield about | {"queries": "[]", "fault": str(error)}
 
@@ -121,11 +125,12 @@ def _pack(table: pa.Table, model: str, batch: int, size: int, cuts: tuple[int, .
     out = []
     for row in table.to_pylist():
         identity = json.loads(row["identity"]) | {"batch": batch, "size": size}
+        chat = Chat(**identity["chat"]) if "chat" in identity else None
         blocks: list[Block] = []
         fault = row["fault"]
         try:
             for group in by_prefix(map(query_of, json.loads(row["queries"])), cuts):
-                blocks += pack(tokens, row["title"], identity, group, batch=batch, size=size, cuts=cuts)
+                blocks += pack(tokens, row["title"], identity, group, batch=batch, size=size, cuts=cuts, chat=chat)
         except ValueError as error:
             blocks, fault = [], str(error)
         out += [_row(row["title"], row["order"], block, "") for block in blocks]
@@ -171,4 +176,5 @@ def _load(tree: Mapping[str, Any]) -> Source:
         EditCase(EditRequest(**c["request"]), tuple(Probe(**p) for p in c["probes"]), c["source"])
         for c in tree["cases"]
     )
-    return Source(**(dict(tree) | {"cases": cases, "facts": tuple(Probe(**p) for p in tree["facts"])}))
+    facts, chat = tuple(Probe(**p) for p in tree["facts"]), Chat(**tree["chat"]) if tree["chat"] else None
+    return Source(**(dict(tree) | {"cases": cases, "facts": facts, "chat": chat}))

@@ -39,6 +39,7 @@ class Fluency:
 
     name: ClassVar[str] = "fluency"
     about: ClassVar[str] = "edits"  # given to `over`: the cases, in the order in which they are edited
+    chat: ClassVar[bool] = False  # plain text, as it was edited: never put through a chat template
     version: ClassVar[str] = "1"
     ability: ClassVar[bool] = False  # no share of right answers, so no part of the edit budget
     units: ClassVar[Mapping[str, str]] = {"ngram_entropy_bits": "bits"}

@@ -53,6 +53,7 @@ class Perplexity:
 
     name: ClassVar[str] = "perplexity"
     version: ClassVar[str] = "1"
+    chat: ClassVar[bool] = False  # plain text, never put through a chat template
     ability: ClassVar[bool] = False  # no share of right answers, so no part of the edit budget
     units: ClassVar[Mapping[str, str]] = {"nats_per_token": "nats"}
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"nats_per_token"})

@@ -64,6 +64,7 @@ class Probes:
 
     name: ClassVar[str] = "probes"
     about: ClassVar[str] = "edits"  # given to `over`: the cases, in the order in which they are edited
+    chat: ClassVar[bool] = False  # plain text, as it was edited: never put through a chat template
     version: ClassVar[str] = "1"
 
     cases: tuple[EditCase, ...] = field(default=(), init=False, repr=False)
@@ -120,6 +121,7 @@ class Locality:
 
     name: ClassVar[str] = "locality"
     about: ClassVar[str] = "held_out"  # given to `over`: facts that no edit of the study touches
+    chat: ClassVar[bool] = False  # plain text, beside what was edited: never put through a chat template
     version: ClassVar[str] = "1"
 
     facts: tuple[Probe, ...] = field(default=(), init=False, repr=False)

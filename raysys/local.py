@@ -12,6 +12,7 @@ import numpy as np
 
 from raysys import names
 from raysys.blocks import by_prefix, pack
+from raysys.chat import Chat
 from raysys.patch import Wearer
 from raysys.scoring import Engine
 from raysys.stats import Estimate, estimate
@@ -63,12 +64,19 @@ def ask_run(
         wearer.take_off()
 
 
-def score(model: Model, benchmark: Any, batch: int = 32, size: int = 256) -> dict[str, Estimate]:
-    """Every metric of a benchmark (built, and given what it is about), scored in this process."""
+def score(
+    model: Model, benchmark: Any, batch: int = 32, size: int = 256, chat: Chat | None = None
+) -> dict[str, Estimate]:
+    """Every metric of a benchmark (built, and given what it is about), scored in this process.
+
+    `chat`: through the model's chat template. Raises ValueError when it has none.
+    """
+    if chat is not None:
+        chat.check(model.tokenizer, model.name)
     found: dict[str, list[float]] = defaultdict(list)
     engine = Engine(model)
     for group in by_prefix(benchmark.queries()):
-        for block in pack(model.tokens, benchmark.name, {}, group, batch=batch, size=size):
+        for block in pack(model.tokens, benchmark.name, {}, group, batch=batch, size=size, chat=chat):
             for item, answer in zip(block.items, engine.answer(block), strict=True):
                 for scored in benchmark.score(item.query, answer):
                     found[scored.metric].append(scored.value)
@@ -89,6 +97,8 @@ def world(model: Model, limit: int | None = None) -> Iterator[tuple[str, str, Es
     for name in names.BENCHMARKS:
         cls = names.benchmark(name)
         if getattr(cls, "about", None) or not getattr(cls, "ability", True):  # edits, not skill
+            continue
+        if not hasattr(cls, "data"):  # nothing of it in the world
             continue
         benchmark = names.build(cls, {"data": "world"}, name)
         shown = benchmark if limit is None else _First(benchmark, limit)

@@ -73,6 +73,8 @@ def plan(spec: StudySpec, note: Callable[[str], None] = lambda text: None) -> Pl
     parts, weights = [], []
     for model in spec.models:
         tokens = Tokens.load(model)
+        if spec.scoring.chat is not None:
+            spec.scoring.chat.check(tokens.tokenizer, model)
         for benchmark in spec.benchmarks:
             note(f"tokenising {benchmark.title} for {model}")
             parts.append(_part(spec, model, tokens, benchmark, selected))
@@ -127,7 +129,7 @@ def _built(part: ComponentSpec, selected: dict[int, Any]) -> Iterator[tuple[int,
 def _blocks(spec: StudySpec, tokens: Tokens, part: ComponentSpec, built: Any) -> Iterator[Block]:
     for group in by_prefix(built.queries(), spec.snapshots):
         options: dict[str, Any] = {"batch": spec.scoring.rows, "size": spec.scoring.block, "cuts": spec.snapshots}
-        yield from pack(tokens, part.title, {}, group, **options)
+        yield from pack(tokens, part.title, {}, group, **options, chat=spec.scoring.chat_of(built))
 
 
 def _weights(model: str, dtype: str) -> Weights:

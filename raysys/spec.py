@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from raysys import names
+from raysys.chat import Chat
 from raysys.files import content_hash
 
 if sys.version_info >= (3, 11):
@@ -111,11 +112,41 @@ class ClusterSpec(_Part):
 
 
 class ScoringSpec(_Part):
-    """How scoring batches its work: part of the study's identity, since rounding depends on the shapes."""
+    """How questions are put, and batched: part of the study's identity, since rounding depends on the shapes.
+
+    The four settings of chats are those of lm-evaluation-harness by the same names (see raysys/chat.py).
+    """
 
     batch: Annotated[int, Field(ge=1)] | Literal["auto"] = 16  # queries a forward pass; auto: as memory allows
     block: int = Field(default=64, ge=1)  # queries a unit of work
     softmax: Literal["float32", "model"] = "float32"  # "model": in its number type, as lm-evaluation-harness does
+    apply_chat_template: bool = False  # ask benchmarks through the chat template of an instruction-tuned model
+    fewshot_as_multiturn: bool = True  # examples are turns of the chat; false: all is one message of the user's
+    system_instruction: str = ""  # what the system says before a task's own description
+    chat_template_args: dict[str, Any] = Field(default_factory=dict)  # what the template is given besides
+
+    @model_validator(mode="after")
+    def _needs_template(self) -> ScoringSpec:
+        if not self.apply_chat_template and self._chat != Chat():
+            raise ValueError(
+                "fewshot_as_multiturn, system_instruction and chat_template_args say how a chat is held; set "
+                "apply_chat_template = true, or leave them out"
+            )
+        return self
+
+    @property
+    def _chat(self) -> Chat:
+        told = self.system_instruction
+        return Chat(multiturn=self.fewshot_as_multiturn, system=told, arguments=self.chat_template_args)
+
+    @property
+    def chat(self) -> Chat | None:
+        """How the chat template is applied; None where it is not."""
+        return self._chat if self.apply_chat_template else None
+
+    def chat_of(self, benchmark: Any) -> Chat | None:
+        """`chat`, unless the benchmark (or its class) is one that is never asked so: what is about plain text."""
+        return self.chat if getattr(benchmark, "chat", True) else None
 
     @property
     def rows(self) -> int:

@@ -47,8 +47,10 @@ def run(spec: StudySpec, progress: Progress | None = None) -> Results:
     """
     progress = progress or quiet()
     edits = {order: select_edits(spec, order) for order in range(spec.orders)}
-    for model in spec.models:
-        Tokens.load(model)  # before anything is started: a wrong name is the user's to mend
+    for model in spec.models:  # before anything is started: a wrong name is the user's to mend
+        tokens = Tokens.load(model)
+        if spec.scoring.chat is not None:
+            spec.scoring.chat.check(tokens.tokenizer, model)
     results = Results.create(spec)
     with results.lock():
         if results.manifest.get("complete"):
@@ -137,13 +139,14 @@ class _Run:
             self.results.fail(f"benchmark-{title}", {"benchmark": title, "tries": 1, "reason": fault})
 
     def _sources(self, part: ComponentSpec) -> Iterator[Source]:
-        about = getattr(names.benchmark(part.name), "about", None)
+        cls = names.benchmark(part.name)
+        about, chat = getattr(cls, "about", None), self.spec.scoring.chat_of(cls)
         if about == "edits":
             for order, selected in self.edits.items():
-                yield Source(part.title, part.name, part.settings, order, cases=selected.cases)
+                yield Source(part.title, part.name, part.settings, order, cases=selected.cases, chat=chat)
         else:
             facts = self.edits[0].held_out if about == "held_out" else ()
-            yield Source(part.title, part.name, part.settings, facts=facts)
+            yield Source(part.title, part.name, part.settings, facts=facts, chat=chat)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 

@@ -1,9 +1,10 @@
-"""`python -m tests.parity [--model FOLDER] [--data FOLDER] [--limit N] [--benchmarks a,b]`: lm_eval itself beside us.
+"""`python -m tests.parity [--model FOLDER] [--data FOLDER] [--limit N] [--benchmarks a,b] [--chat]`: lm_eval beside us.
 
 Both score the same items with the same network in one process, one thread, float32. Compared: prompts, likelihoods
 (1e-4), predictions, generated text to the character, aggregates and standard errors (6 digits). Left out, listed and
 at most 1 %: near-ties, items whose two best logits are within 1e-4 where the two first differ. Without --model: tiny
-models made on the spot from seeds, and the built-in one. The last line is `N passed, N failed`.
+models made on the spot from seeds, and the built-in one. With `--chat` all is asked through the model's chat template
+(one is given to a model that has none), with `--chat joined` in one message. The last line is `N passed, N failed`.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from raysys.chat import DAY, Chat
 from raysys.model import Model
 from tests.parity import models
 from tests.parity.compare import BATCH, Found, compare
 from tests.parity.forms import FORMS, Form
+from tests.templates import MARKED
 
 SHOWN = 5  # faults of one comparison
 SHARED = Path(os.environ.get("RAYSYS_SHARED", Path(__file__).parents[2] / ".." / "shared"))
@@ -39,7 +42,9 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=SHARED / "data", help="folder in the layouts of the releases")
     parser.add_argument("--limit", type=int, help="items of a task (MMLU: of a subject, BBH: of a subtask)")
     parser.add_argument("--benchmarks", default="", help="names, or starts of forms: mmlu,bbh zeroshot")
+    parser.add_argument("--chat", nargs="?", const="turns", choices=("turns", "joined"), help="apply chat templates")
     args = parser.parse_args()
+    chat = Chat(multiturn=args.chat == "turns") if args.chat else None
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -50,7 +55,9 @@ def main() -> int:
     passed = failed = 0
     for model, place, form in runs(args.model, args.data, forms):
         started = time.monotonic()
-        found = compare(model, peer(model), form, place, args.limit)
+        if chat and not model.tokenizer.chat_template:
+            model.tokenizer.chat_template = MARKED
+        found = compare(model, peer(model), form, place, args.limit, chat)
         bad = bool(found.faults)
         passed, failed = passed + (not bad), failed + bad
         shown = "world" if place == "world" else "release"
@@ -84,7 +91,11 @@ def peer(model: Model) -> object:
     """The harness' own model around the same network."""
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=model.net, tokenizer=model.tokenizer, batch_size=BATCH, max_length=model.max_length)
+    day = {"date_string": DAY.strftime("%d %b %Y")}  # our templates have a clock that stands still
+    return HFLM(
+        pretrained=model.net, tokenizer=model.tokenizer, batch_size=BATCH, max_length=model.max_length,
+        chat_template_args=day,
+    )  # fmt: skip
 
 
 def row(table: Table, model: str, data: str, form: Form, found: Found, seconds: float) -> None:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from raysys import names, words
+from raysys.chat import Chat
 from raysys.spec import SpecError, StudySpec
 
 GOOD = """
@@ -83,6 +85,33 @@ def test_only_what_decides_numbers_is_in_the_hash() -> None:
     assert StudySpec.parse(GOOD, ["cluster.evaluators=7", "root=elsewhere", "cluster.retries=9"]).hash == spec.hash
     for change in ("seed=1", "methods.0.steps=4", "dtype=bfloat16", "cluster.threads=2", "scoring.batch=3"):
         assert StudySpec.parse(GOOD, [change]).hash != spec.hash, change
+
+
+def test_a_chat_is_asked_for_and_is_part_of_the_hash() -> None:
+    plain = StudySpec.parse(GOOD)
+    chat = StudySpec.parse(GOOD + "[scoring]\napply_chat_template = true\n")
+    joined = StudySpec.parse(GOOD, ["scoring.apply_chat_template=true", "scoring.fewshot_as_multiturn=false"])
+    more = 'system_instruction = "Be brief."\nchat_template_args = {thinks = false}\n'
+    told = StudySpec.parse(f"{GOOD}[scoring]\napply_chat_template = true\n{more}")
+    assert plain.scoring.chat is None and len({s.hash for s in (plain, chat, joined, told)}) == 4
+    assert chat.scoring.chat == Chat() and joined.scoring.chat == Chat(multiturn=False)
+    assert told.scoring.chat == Chat(system="Be brief.", arguments={"thinks": False})
+    assert StudySpec.parse(words.toml(told.model_dump(mode="json"))) == told
+
+
+@pytest.mark.parametrize("name", ["probes", "locality", "fluency", "perplexity"])
+def test_what_is_about_plain_text_is_never_asked_as_a_chat(name: str) -> None:
+    scoring = StudySpec.parse(GOOD, ["scoring.apply_chat_template=true"]).scoring
+    assert scoring.chat_of(names.benchmark(name)) is None
+    assert scoring.chat_of(names.benchmark("mmlu")) == Chat()
+
+
+@pytest.mark.parametrize(
+    "setting", ['system_instruction = "Be brief."', "fewshot_as_multiturn = false", "chat_template_args = {x = 1}"]
+)
+def test_settings_of_a_chat_that_is_not_held_are_refused(setting: str) -> None:
+    with pytest.raises(SpecError, match=rf"scoring: .*{setting.split()[0]}.* how a chat is held; set apply_chat"):
+        StudySpec.parse(f"{GOOD}[scoring]\n{setting}\n")
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
