@@ -7,6 +7,9 @@ running goes back to the queue with one try less; a unit that has none left is r
 Between `fewest` and `most` evaluators there are as many as units wait. An evaluator that is asked for and finds no room
 is what the cluster's autoscaler sees as demand; one that has been idle for a while is ended, so that its node can be
 released. A node that is about to be taken away gets no new unit, and what is lost with a node is no unit's fault.
+
+Which of the units that an evaluator had has killed it can't be told: each of them is tried again alone, with nothing
+behind it, and only a death alone is held against a unit.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, OwnerDiedError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, ObjectLostError, OwnerDiedError, RayError, RayTaskError
 
 from actors.cluster import alive, draining
 from actors.evaluator import Task
@@ -104,6 +107,8 @@ class EvaluatorPool:
         self.tries: dict[str, int] = {}
         self.moves: dict[str, int] = {}  # unit -> nodes it was lost with
         self._waiting = Waiting()
+        self._suspects: OrderedDict[str, Unit] = OrderedDict()  # to be tried alone
+        self._alone: set[str] = set()  # units tried alone now
         self._open: dict[str, int] = {}  # snapshot -> units not finished
         self._pings: dict[Any, _Place] = {}
         self._running: dict[Any, _Place] = {}
@@ -277,28 +282,44 @@ class EvaluatorPool:
     @staticmethod
     def _with_node(place: _Place, error: Exception) -> bool:
         """Whether an evaluator was lost because its node was."""
-        return bool(getattr(error, "preempted", False)) or (place.node != "" and not alive(place.node))
+        if isinstance(error, ActorUnavailableError) or getattr(error, "preempted", False):
+            return True  # out of reach: an evaluator that dies by itself is reported dead by its node
+        return place.node != "" and not alive(place.node)
 
     # --- units -------------------------------------------------------------------------------------------------------
 
     def _dispatch(self) -> None:
-        if not self._waiting:
+        """Give every evaluator what it can take; as many as there are suspects are left to run empty first."""
+        if not self._waiting and not self._suspects:
             return
+        kept = 0
         for place in self.places:
-            while place.ready:
-                unit = self._waiting.take(place.memory)
-                if unit is None:
-                    return
-                task = Task(
-                    unit.id, unit.snapshot, [unit.value()], [unit.work.table], unit.work.row,
-                    unit.work.benchmark, unit.name, unit.settings, unit.depth,
-                )  # fmt: skip
-                label = f"{unit.work.benchmark} after {unit.edits} edits"
-                ref = place.actor.score.options(name=label).remote(task)
+            if kept < len(self._suspects) and place.ready:
+                kept += 1
                 if not place.busy:
-                    place.since = time.monotonic()
-                place.busy[ref] = unit
-                self._running[ref] = place
+                    _, unit = self._suspects.popitem(last=False)
+                    kept -= 1
+                    self._alone.add(unit.id)
+                    self._waiting.gives(place.memory, unit)
+                    self._give(place, unit)
+                continue
+            while place.ready and not (place.busy and self._alone.intersection(u.id for u in place.busy.values())):
+                found = self._waiting.take(place.memory)
+                if found is None:
+                    break
+                self._give(place, found)
+
+    def _give(self, place: _Place, unit: Unit) -> None:
+        task = Task(
+            unit.id, unit.snapshot, [unit.value()], [unit.work.table], unit.work.row,
+            unit.work.benchmark, unit.name, unit.settings, unit.depth,
+        )  # fmt: skip
+        label = f"{unit.work.benchmark} after {unit.edits} edits"
+        ref = place.actor.score.options(name=label).remote(task)
+        if not place.busy:
+            place.since = time.monotonic()
+        place.busy[ref] = unit
+        self._running[ref] = place
 
     def _finished(self, ref: Any) -> list[Done | Failed]:
         place = self._running.pop(ref, None)
@@ -324,10 +345,15 @@ class EvaluatorPool:
 
     def _ends(self, place: _Place, ref: Any) -> Unit:
         place.since = time.monotonic()
-        return place.busy.pop(ref)
+        unit = place.busy.pop(ref)
+        self._alone.discard(unit.id)
+        return unit
 
     def _died(self, place: _Place, error: Exception) -> list[Done | Failed]:
-        """The oldest unit not finished was running and loses a try; the others only waited and go back as they were."""
+        """What was not finished goes back. A unit that was there alone loses a try; several are suspects first.
+
+        One that hangs is the oldest: it loses a try whoever waits behind it.
+        """
         finished: list[Done | Failed] = []
         lost: list[Unit] = []
         for ref, unit in place.busy.items():
@@ -338,11 +364,16 @@ class EvaluatorPool:
                 finished.append(Done(unit, about, scores))
             except (RayError, TimeoutError):
                 lost.append(unit)
+            self._alone.discard(unit.id)
         place.busy.clear()
         innocent = self._with_node(place, error)
-        for unit in reversed(lost[1:]):
-            self._waiting.back(unit)
-        for unit in lost[:1]:
+        guilty = lost[:1] if len(lost) == 1 or isinstance(error, TimeoutError | RayTaskError) else []
+        for unit in reversed(lost[len(guilty) :]):
+            if innocent or guilty:
+                self._waiting.back(unit)
+            else:
+                self._suspects[unit.id] = unit
+        for unit in guilty:
             finished += self._again(unit, error, innocent)
         self._replace(place, error, innocent)
         return finished
@@ -356,7 +387,10 @@ class EvaluatorPool:
             self._close(unit)
             return [Failed(unit, tries, reason)]
         self.note("unit moved" if innocent else "unit tried again", unit=unit.id, tries=tries, reason=reason)
-        self._waiting.back(unit)
+        if innocent:
+            self._waiting.back(unit)
+        else:
+            self._suspects[unit.id] = unit
         return []
 
     def _close(self, unit: Unit) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from actors.cluster import alive
 from actors.editor import Job
@@ -201,7 +201,7 @@ class Streams:
     def _died(self, desk: _Desk, cell: Streaming, error: Exception) -> Lost | None:
         """Start a new editor, which opens the same cell and takes the steps so far from the journal."""
         reason = str(error).strip().splitlines()[0]
-        innocent = bool(getattr(error, "preempted", False)) or desk.node_gone
+        innocent = isinstance(error, ActorUnavailableError) or desk.node_gone  # out of reach, or its node is gone
         what = "node lost" if innocent else "editor lost"
         self.note(what, editor=desk.name, cell=cell.job.cell, reason=reason)
         cell.deaths, cell.moves = cell.deaths + (not innocent), cell.moves + innocent

@@ -83,14 +83,18 @@ class Waiting:
         unit = self._pick(memory, queue)
         if not queue:
             del self._queues[snapshot]
-        if memory.wearing != snapshot:
+        self.gives(memory, unit)
+        return unit
+
+    def gives(self, memory: Memory, unit: Unit) -> None:
+        """An evaluator is given `unit`: it will wear its snapshot, and know its block."""
+        if memory.wearing != unit.snapshot:
             self._takes_off(memory)
-            memory.wearing = snapshot
-            self._worn[snapshot] += 1
+            memory.wearing = unit.snapshot
+            self._worn[unit.snapshot] += 1
         if unit.work.id not in memory.seen:
             memory.seen.add(unit.work.id)
             self._known[unit.work.id] += 1
-        return unit
 
     def forget(self, memory: Memory) -> None:
         """The evaluator is gone, and what it had with it."""

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from raysys.chat import DAY, Chat
 from raysys.model import Model
+from raysys.types import Generate
 from tests.parity import models
 from tests.parity.compare import BATCH, Found, compare
 from tests.parity.forms import FORMS, Form
@@ -54,6 +55,9 @@ def main() -> int:
     table = Table("model", "data", "form", "items", "largest gap", "near-ties", "first metric ± error", "seconds", "")
     passed = failed = 0
     for model, place, form in runs(args.model, args.data, forms):
+        if model.max_length <= (room := longest(form, place)):
+            told.print(f"{model.name}, {form.name}: left out, {room} tokens are more than it can generate")
+            continue
         started = time.monotonic()
         if chat and not model.tokenizer.chat_template:
             model.tokenizer.chat_template = MARKED
@@ -85,6 +89,12 @@ def runs(name: str | None, data: Path, forms: list[Form]) -> Iterator[tuple[Mode
         yield from ((world, str(data / form.folder), form) for form in forms)
         for form in (f for f in forms if f.world):
             yield world, "world", form
+
+
+def longest(form: Form, place: str) -> int:
+    """Tokens that a form generates at most, 0 for one that chooses."""
+    query = next(iter(form.ours(place, 1).queries()))
+    return query.max_tokens if isinstance(query, Generate) else 0
 
 
 def peer(model: Model) -> object:
