@@ -20,7 +20,7 @@ from actors.waiting import Unit
 
 
 class Waits:
-    """Its benchmark's name says what a unit does to it: "0.5" (seconds), "kill", "raise", "hang", or a file it waits for."""
+    """Its benchmark says what a unit does to it: "0.5" (seconds), "kill", "raise", "hang", or a file it waits for."""
 
     def __init__(self, name: str) -> None:
         self.name = name
