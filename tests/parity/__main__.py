@@ -1,10 +1,11 @@
 """`python -m tests.parity [--model FOLDER] [--data FOLDER] [--limit N] [--benchmarks a,b] [--chat]`: lm_eval beside us.
 
 Both score the same items with the same network in one process, one thread, float32. Compared: prompts, likelihoods
-(1e-4), predictions, generated text to the character, aggregates and standard errors (6 digits). Left out, listed and
-at most 1 %: near-ties, items whose two best logits are within 1e-4 where the two first differ. Without --model: tiny
-models made on the spot from seeds, and the built-in one. With `--chat` all is asked through the model's chat template
-(one is given to a model that has none), with `--chat joined` in one message. The last line is `N passed, N failed`.
+(1e-4, or a millionth beyond 100 nats), predictions, generated text to the character, aggregates and standard errors (6
+digits). Left out, listed and at most 1 %: near-ties, items whose two best logits are within 1e-4 where the two first
+differ. Without --model: tiny models made on the spot from seeds, and the built-in one. With `--chat` all is asked
+through the model's chat template (one is given to a model that has none), with `--chat joined` in one message. The last
+line is `N passed, N failed`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from raysys.stats import pooled_error, standard_error
 from raysys.types import Answer, Choose, Chosen, Generate, Generated, Query
 from tests.parity.forms import Form
 
-CLOSE = 1e-4  # of likelihoods, and of the two best logits
+CLOSE = 1e-4  # of likelihoods in nats, and of the two best logits
+RELATIVE = 1e-6  # of a likelihood beyond 100 nats: a float32 of 500 nats is itself no finer than 3e-5
 EXCEPTED = 0.01  # share of near-ties at most
 BATCH = 8
 
@@ -107,9 +108,10 @@ def agree(model: Model, query: Query, ours: Answer, theirs: Sequence[Any], found
     """Likelihoods and prediction, or the generated text, of one item."""
     if isinstance(ours, Chosen):
         values = [float(v) for v, _ in theirs]
-        gap = max(abs(c.logprob - v) for c, v in zip(ours.choices, values, strict=True))
+        gaps = [abs(c.logprob - v) for c, v in zip(ours.choices, values, strict=True)]
+        gap = max(gaps)
         found.gap = max(found.gap, gap)
-        if not gap <= CLOSE:
+        if not all(g <= max(CLOSE, RELATIVE * abs(v)) for g, v in zip(gaps, values, strict=True)):
             found.faults.append(f"{query.id}: likelihoods differ by {gap:.2g}")
         if ours.best != int(np.argmax(values)):
             top = sorted(values)[-2:]
