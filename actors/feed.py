@@ -84,9 +84,10 @@ def feed(
     data = data.flat_map(_read).map_batches(_pack, fn_kwargs=packing, batch_size=None, batch_format="pyarrow")
     found: list[Work] = []
     faults: dict[str, str] = {}
-    tables = data.materialize().to_arrow_refs()
-    for table, head in zip(tables, ray.get([_head.remote(t) for t in tables]), strict=True):
-        for number, row in enumerate(head.to_pylist()):
+    for made in data.materialize().to_arrow_refs():
+        blocks = ray.get(made)
+        table = ray.put(blocks)  # on the driver's own node: others may leave, and are let go when nothing is on them
+        for number, row in enumerate(_head(blocks).to_pylist()):
             if row["fault"]:
                 faults[row["benchmark"]] = row["fault"]
             elif row["id"]:
@@ -101,7 +102,6 @@ def _cpus() -> float:
     return float(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
 
 
-@ray.remote(num_cpus=0)
 def _head(table: pa.Table) -> pa.Table:
     return table.drop_columns(["block"]) if "block" in table.column_names else table
 
