@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 from raysys import cli_shared as shared
 from raysys.cli_bench import bench
+from raysys.cli_harness import harness
 from raysys.cli_shared import EXITS, Device, Json
 from raysys.cli_tools import tools
 
@@ -54,6 +55,7 @@ convert = typer.Typer(no_args_is_help=True, help="Turn other formats of models i
 app.add_typer(convert, name="convert")
 app.add_typer(bench, name="bench")
 app.add_typer(tools)  # its commands stand beside the others
+app.add_typer(harness)
 
 Study = Annotated[Path, typer.Argument(metavar="STUDY.toml", help="The study; `raysys new` writes one.")]
 Changes = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it: edits.count=20")]

@@ -51,6 +51,7 @@ BENCHMARKS = {
     "locality": "benchmarks.probes:Locality",
     "fluency": "benchmarks.fluency:Fluency",
     "perplexity": "benchmarks.perplexity:Perplexity",
+    "harness": "benchmarks.harness:Harness",
 }
 DATASETS = {
     "world": "benchmarks.edits:World",
