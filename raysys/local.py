@@ -12,7 +12,6 @@ import numpy as np
 
 from raysys import names
 from raysys.blocks import by_prefix, pack
-from raysys.chat import Chat
 from raysys.patch import Wearer
 from raysys.scoring import Engine
 from raysys.stats import Estimate, estimate
@@ -64,19 +63,12 @@ def ask_run(
         wearer.take_off()
 
 
-def score(
-    model: Model, benchmark: Any, batch: int = 32, size: int = 256, chat: Chat | None = None
-) -> dict[str, Estimate]:
-    """Every metric of a benchmark (built, and given what it is about), scored in this process.
-
-    `chat`: through the model's chat template. Raises ValueError when it has none.
-    """
-    if chat is not None:
-        chat.check(model.tokenizer, model.name)
+def score(model: Model, benchmark: Any, batch: int = 32, size: int = 256) -> dict[str, Estimate]:
+    """Every metric of a benchmark (built, and given what it is about), scored in this process."""
     found: dict[str, list[float]] = defaultdict(list)
     engine = Engine(model)
     for group in by_prefix(benchmark.queries()):
-        for block in pack(model.tokens, benchmark.name, {}, group, batch=batch, size=size, chat=chat):
+        for block in pack(model.tokens, benchmark.name, {}, group, batch=batch, size=size):
             for item, answer in zip(block.items, engine.answer(block), strict=True):
                 for scored in benchmark.score(item.query, answer):
                     found[scored.metric].append(scored.value)
