@@ -9,7 +9,8 @@ figure for the whole corpus (f1, perplexity, bleu as lm_eval aggregates them), n
 it is lower, is refused by its name: list the others in `metrics`. The mean of a group is over all its questions.
 
 A question whose choices stand in the prompt (winogrande) is asked as differences: log P(rest and answer) minus
-log P(rest), both behind what the prompts share; where they share nothing, behind the token that begins a text.
+log P(rest), both behind what the prompts share; where they share nothing, behind the token that begins a text. That is
+lm_eval's number but in that last case, where no token begins a prompt otherwise, and under a chat template.
 """
 
 from __future__ import annotations

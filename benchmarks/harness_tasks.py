@@ -58,7 +58,9 @@ def find(wanted: Sequence[str], include: Path | None = None) -> Found:
         folders.append(path if path.is_dir() else path.parent)
         named += _inside(path, manager)
     folders = list({folder.resolve(): None for folder in folders})
-    few = manager(include_path=[*_near(named), *folders], include_defaults=False)
+    few = manager(include_path=folders, include_defaults=False)
+    if unknown := [name for name in named if not _whole(name, few.task_index)]:
+        few = manager(include_path=[*_near(unknown), *folders], include_defaults=False)
     if all(_whole(name, few.task_index) for name in named):
         return Found(named, few)
     every = manager(include_path=folders or None)
