@@ -200,18 +200,19 @@ class _Requests:
             kinds.setdefault((stops if end is None or end in stops else (*stops, end), tokens), []).append(n)
         found: dict[int, str] = {}
         for (stops, tokens), numbers in kinds.items():
-            room = self.max_length - tokens
-            items = []
+            places: dict[Ids, list[int]] = {}  # the same prompt has the same answer, however often it is asked
             for n in numbers:
-                ids = tuple(self.model.tokens.encode(requests[n].args[0], generation=True))[-room:]
+                ids = tuple(self.model.tokens.encode(requests[n].args[0], generation=True))
                 if not ids:
                     raise ValueError(f"request {n + 1} of lm_eval: an empty prompt; nothing to continue")
-                items.append(Item(Generate(str(n), "", stops, None, tokens), ids))
+                places.setdefault(ids[-(self.max_length - tokens) :], []).append(n)
+            items = [Item(Generate(str(k), "", stops, None, tokens), ids) for k, ids in enumerate(places)]
+            which = list(places.values())
             for item, answer in self._answered(items, "answers", disable_tqdm):
                 assert isinstance(answer, Generated)
-                found[numbers[item]] = answer.text
-                args = requests[numbers[item]].args
-                self.cache_hook.add_partial("generate_until", args, answer.text)  # type: ignore[attr-defined]
+                for n in which[item]:
+                    found[n] = answer.text
+                    self.cache_hook.add_partial("generate_until", requests[n].args, answer.text)  # type: ignore[attr-defined]
         return [found[n] for n in range(len(requests))]
 
     def _answered(self, items: Sequence[Item], what: str, quiet: bool) -> Iterator[tuple[int, Any]]:

@@ -141,6 +141,15 @@ def test_repeated_requests_are_answered_each_in_its_place() -> None:
     assert one == again != other and start[0] < 0
 
 
+def test_a_prompt_asked_again_is_answered_in_each_place() -> None:
+    lm = language_model(families.tiny("llama"), batch_size=2)
+    prompts = ["Anna was born in", "The city of", "Anna was born in", "Bert works as a"]
+    asked = [Instance("generate_until", {}, (p, {"until": [], "max_gen_toks": 6}), 0) for p in prompts]
+    first, second, again, last = lm.generate_until(asked, disable_tqdm=True)
+    assert first == again and len({first, second, last}) == 3
+    assert [first] == language_model(lm.model).generate_until(asked[:1], disable_tqdm=True)
+
+
 def test_prefixes_are_shared_where_that_saves_most() -> None:
     """Two long beginnings with three rows each, and two rows of their own."""
     first, second = tuple(range(1000, 1600)), tuple(range(2000, 2600))
