@@ -32,7 +32,7 @@ def cluster(address: str | None, cpus: int, dashboard: bool = True) -> Iterator[
     address = address or os.environ.get("RAY_ADDRESS")
     options: Any = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address:
-        context = ray.init(address=address, **options)
+        context = _joined(address, options)
     else:
         own: Any = {"num_cpus": cpus, "include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
         context = ray.init(address="local", **own, **options)
@@ -42,6 +42,25 @@ def cluster(address: str | None, cpus: int, dashboard: bool = True) -> Iterator[
         yield context.dashboard_url or ""
     finally:
         ray.shutdown()
+
+
+def _joined(address: str, options: Mapping[str, Any]) -> Any:
+    """Join a cluster, with this user's token if there is one. Raises NoResources that says what to try."""
+    try:
+        from ray._private.authentication import authentication_token_setup as tokens
+
+        tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as `ray start` does, but not `init`
+    except (ImportError, AttributeError):  # no public word for it: then RAY_AUTH_MODE has to be set by the user
+        pass
+    try:
+        return ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        said = str(error).strip().splitlines()[0]
+        raise NoResources(
+            f"can't join the Ray cluster at {address}: {said}. Is it up (`ray status --address {address}`), and is the "
+            "token in ~/.ray/auth_token (or $RAY_AUTH_TOKEN) that of the cluster? To start a cluster of the study's "
+            "own, leave out cluster.address and unset RAY_ADDRESS."
+        ) from error
 
 
 def wait_for(

@@ -27,7 +27,7 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError, OwnerDiedErro
 from actors.cluster import alive, draining
 from actors.evaluator import Task
 from actors.machine import end
-from actors.waiting import Memory, Unit, Waiting
+from actors.waiting import Done, Failed, Memory, Unit, Waiting
 
 IN_FLIGHT = 2  # units an evaluator has: one it runs, one that waits, so that it is never idle
 ERRORS = 3  # units that may fail on an evaluator one after another before it is replaced
@@ -49,24 +49,6 @@ class Limits:
     retries: int = 3
     idle: float = 60.0
     stall: float = 3600.0
-
-
-@dataclass(frozen=True)
-class Done:
-    """A scored unit."""
-
-    unit: Unit
-    about: dict[str, Any]
-    scores: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A unit given up."""
-
-    unit: Unit
-    tries: int
-    reason: str
 
 
 @dataclass
@@ -107,8 +89,6 @@ class EvaluatorPool:
         self.tries: dict[str, int] = {}
         self.moves: dict[str, int] = {}  # unit -> nodes it was lost with
         self._waiting = Waiting()
-        self._suspects: OrderedDict[str, Unit] = OrderedDict()  # to be tried alone
-        self._alone: set[str] = set()  # units tried alone now
         self._open: dict[str, int] = {}  # snapshot -> units not finished
         self._pings: dict[Any, _Place] = {}
         self._running: dict[Any, _Place] = {}
@@ -290,24 +270,19 @@ class EvaluatorPool:
 
     def _dispatch(self) -> None:
         """Give every evaluator what it can take; as many as there are suspects are left to run empty first."""
-        if not self._waiting and not self._suspects:
-            return
         kept = 0
         for place in self.places:
-            if kept < len(self._suspects) and place.ready:
-                kept += 1
-                if not place.busy:
-                    _, unit = self._suspects.popitem(last=False)
-                    kept -= 1
-                    self._alone.add(unit.id)
-                    self._waiting.gives(place.memory, unit)
-                    self._give(place, unit)
+            if kept < self._waiting.suspects and place.ready:
+                if place.busy:
+                    kept += 1
+                else:
+                    self._give(place, self._waiting.take_suspect(place.memory))
                 continue
-            while place.ready and not (place.busy and self._alone.intersection(u.id for u in place.busy.values())):
-                found = self._waiting.take(place.memory)
-                if found is None:
+            while place.ready and not any(u.id in self._waiting.alone for u in place.busy.values()):
+                unit = self._waiting.take(place.memory)
+                if unit is None:
                     break
-                self._give(place, found)
+                self._give(place, unit)
 
     def _give(self, place: _Place, unit: Unit) -> None:
         task = Task(
@@ -346,7 +321,7 @@ class EvaluatorPool:
     def _ends(self, place: _Place, ref: Any) -> Unit:
         place.since = time.monotonic()
         unit = place.busy.pop(ref)
-        self._alone.discard(unit.id)
+        self._waiting.alone.discard(unit.id)
         return unit
 
     def _died(self, place: _Place, error: Exception) -> list[Done | Failed]:
@@ -364,7 +339,7 @@ class EvaluatorPool:
                 finished.append(Done(unit, about, scores))
             except (RayError, TimeoutError):
                 lost.append(unit)
-            self._alone.discard(unit.id)
+            self._waiting.alone.discard(unit.id)
         place.busy.clear()
         innocent = self._with_node(place, error)
         guilty = lost[:1] if len(lost) == 1 or isinstance(error, TimeoutError | RayTaskError) else []
@@ -372,7 +347,7 @@ class EvaluatorPool:
             if innocent or guilty:
                 self._waiting.back(unit)
             else:
-                self._suspects[unit.id] = unit
+                self._waiting.suspect(unit)
         for unit in guilty:
             finished += self._again(unit, error, innocent)
         self._replace(place, error, innocent)
@@ -390,7 +365,7 @@ class EvaluatorPool:
         if innocent:
             self._waiting.back(unit)
         else:
-            self._suspects[unit.id] = unit
+            self._waiting.suspect(unit)
         return []
 
     def _close(self, unit: Unit) -> None:

@@ -33,6 +33,24 @@ class Unit:
     depth: int = 0  # the lowest block that edits of the study are expected to change, 0: unknown
 
 
+@dataclass(frozen=True)
+class Done:
+    """A scored unit."""
+
+    unit: Unit
+    about: dict[str, Any]
+    scores: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A unit given up."""
+
+    unit: Unit
+    tries: int
+    reason: str
+
+
 @dataclass
 class Memory:
     """What one evaluator has: the snapshot that it will wear once its work is done, and the blocks it has scored."""
@@ -48,6 +66,8 @@ class Waiting:
         self._queues: OrderedDict[str, deque[Unit]] = OrderedDict()  # snapshot -> units, oldest snapshot first
         self._worn: Counter[str | None] = Counter()  # snapshot -> evaluators that wear it
         self._known: Counter[str] = Counter()  # block -> evaluators that have scored it
+        self._suspects: deque[Unit] = deque()
+        self.alone: set[str] = set()  # units that are tried alone now
 
     def __bool__(self) -> bool:
         return bool(self._queues)
@@ -95,6 +115,22 @@ class Waiting:
         if unit.work.id not in memory.seen:
             memory.seen.add(unit.work.id)
             self._known[unit.work.id] += 1
+
+    @property
+    def suspects(self) -> int:
+        """Units that were with an evaluator when it was lost, and have to be tried alone."""
+        return len(self._suspects)
+
+    def suspect(self, unit: Unit) -> None:
+        """Put a unit back that has to be tried alone."""
+        self._suspects.append(unit)
+
+    def take_suspect(self, memory: Memory) -> Unit:
+        """The next unit that has to be tried alone; it is among those `alone` until it ends."""
+        unit = self._suspects.popleft()
+        self.alone.add(unit.id)
+        self.gives(memory, unit)
+        return unit
 
     def forget(self, memory: Memory) -> None:
         """The evaluator is gone, and what it had with it."""

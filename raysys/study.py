@@ -19,9 +19,9 @@ from actors import editor, evaluator
 from actors.cluster import NoResources, cluster, wait_for
 from actors.editor import Job
 from actors.feed import Source, Work, feed
-from actors.pool import Done, EvaluatorPool, Failed, Limits, PoolError
+from actors.pool import EvaluatorPool, Limits, PoolError
 from actors.streams import Lost, Made, Opened, Streaming, Streams
-from actors.waiting import Unit
+from actors.waiting import Done, Failed, Unit
 from raysys import names
 from raysys.files import content_hash, read_json
 from raysys.progress import Progress, quiet
@@ -59,12 +59,12 @@ def run(spec: StudySpec, progress: Progress | None = None) -> Results:
         results.forget_failures()
         results.write_manifest(_machine(spec))
         try:
-            cpus, own = _cpus(spec), max(_cpus(spec, spec.cluster.most), os.cpu_count() or 1)
+            cpus, gpus, bundles = needs(spec)
+            own = max(_cpus(spec, spec.cluster.most), os.cpu_count() or 1)
             with cluster(spec.cluster.address, own, spec.cluster.dashboard) as dashboard:
                 if dashboard:
                     progress.note(f"Ray dashboard: http://{dashboard}")
-                gpus = spec.cluster.fewest * spec.cluster.gpus_per_evaluator + spec.cluster.gpus_per_editor
-                wait_for(cpus, gpus, spec.cluster.wait, progress.note, _bundles(spec))
+                wait_for(cpus, gpus, spec.cluster.wait, progress.note, bundles)
                 for model in spec.models:
                     _Run(spec, model, edits, results, progress).go()
         except (PoolError, NoResources) as error:
@@ -328,6 +328,12 @@ def select_edits(spec: StudySpec, order: int) -> Selected:
     except (ValueError, OSError) as error:
         raise SpecError(str(error)) from error
     return Selected(chosen.cases, chosen.dropped, held_out)
+
+
+def needs(spec: StudySpec) -> tuple[float, float, list[dict[str, float]]]:
+    """Logical CPUs and GPUs that a study can't do without, and what of them must be on one node each."""
+    gpus = spec.cluster.fewest * spec.cluster.gpus_per_evaluator + spec.cluster.gpus_per_editor
+    return _cpus(spec), gpus, _bundles(spec)
 
 
 def _cpus(spec: StudySpec, evaluators: int | None = None) -> int:

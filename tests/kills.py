@@ -111,7 +111,7 @@ def _run(study: Path, root: Path, evaluators: int, who: str = "nobody", moment: 
     seconds = time.monotonic() - started
     if driver.returncode != 0:
         print((root / "log").read_text()[-3000:], file=sys.stderr)
-    return _outcome(Results.open(folder), killed, seconds)
+    return outcome(Results.open(folder), killed, seconds)
 
 
 def _start(study: Path, overrides: list[str], root: Path) -> subprocess.Popen[bytes]:
@@ -146,7 +146,7 @@ def _progress(folder: Path, who: str, units: int) -> float:
     return scored / units if scored else -1.0
 
 
-def _outcome(results: Results, killed: int, seconds: float) -> Outcome:
+def outcome(results: Results, killed: int, seconds: float) -> Outcome:
     def named(tree: Any) -> str:
         return hashlib.sha256(repr(tree).encode()).hexdigest()
 

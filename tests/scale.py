@@ -25,8 +25,8 @@ import torch
 from actors.evaluator import Task
 from actors.feed import Work
 from actors.machine import describe
-from actors.pool import Done, EvaluatorPool, Limits
-from actors.waiting import Unit
+from actors.pool import EvaluatorPool, Limits
+from actors.waiting import Done, Unit
 from raysys.results import Results
 from raysys.spec import StudySpec
 

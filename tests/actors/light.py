@@ -15,8 +15,8 @@ import torch
 from actors.evaluator import Task
 from actors.feed import Work
 from actors.machine import as_actor, describe
-from actors.pool import Done, EvaluatorPool, Failed
-from actors.waiting import Unit
+from actors.pool import EvaluatorPool
+from actors.waiting import Done, Failed, Unit
 
 
 class Waits:

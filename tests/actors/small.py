@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,9 +68,10 @@ def spec(path: Path, **changes: Any) -> StudySpec:
 @dataclass(frozen=True, kw_only=True)
 class Words:
     """A benchmark outside benchmarks/: which of four words comes next. `bad` makes one item impossible to score:
-    "raise" raises, "kill" ends the process that tries."""
+    "raise" raises, "kill" ends the process that tries. An item takes `seconds` longer than it would."""
 
     items: int = 20
+    seconds: float = 0.0
     bad: Literal["", "raise", "kill"] = ""
     name: ClassVar[str] = "words"
     version: ClassVar[str] = "1"
@@ -84,6 +86,7 @@ class Words:
     def score(self, query: Query, answer: Answer) -> Iterator[Score]:
         assert isinstance(query, Choose)
         assert isinstance(answer, Chosen)
+        time.sleep(self.seconds)
         if self.bad == "raise" and query.id == "words/3":
             raise ArithmeticError("item 3 can't be scored")
         if self.bad == "kill" and query.id == "words/3":

@@ -13,8 +13,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from actors import pool as pools
-from actors.cluster import draining
-from actors.pool import Done, EvaluatorPool, Failed, Limits, PoolError
+from actors.pool import EvaluatorPool, Limits, PoolError
+from actors.waiting import Done, Failed
 from tests.actors import light
 
 pytestmark = pytest.mark.timeout(240)
@@ -103,22 +103,24 @@ def test_what_is_lost_with_a_node_is_no_failure(nodes: Any, pool: EvaluatorPool,
 
 
 def test_a_node_that_is_to_leave_gets_no_new_unit(
-    nodes: Any, pool: EvaluatorPool, events: list[Any], monkeypatch: pytest.MonkeyPatch
+    nodes: Any, pool: EvaluatorPool, events: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(pools, "LOOKING", 0.1)
     nodes.add_node(num_cpus=1, resources={"doomed": 1})
     pool._start = lambda name: on("doomed" if name == "evaluator-0" else "CPU", name)
-    pool.submit(light.units(["0.5"] * 12))
+    gate = tmp_path / "gate"
+    pool.submit(light.units([str(gate)] * 4 + ["0.1"] * 8))
     light.work(pool, until=lambda: pool.busy == 2)
     doomed = next(p.node for p in pool.places if p.number == 0)
     notice(nodes, doomed)
-    seen: list[float] = []
-    finished = light.work(pool, each=lambda: seen.append(time.time()) if doomed in draining() and not seen else None)
-    assert len(finished) == 12 and all(isinstance(f, Done) and f.unit.id not in pool.tries for f in finished)
+    light.work(pool, until=lambda: bool(told(events, "node is to leave")))
+    gate.touch()
+    finished = light.work(pool)
+    assert {f.unit.id for f in finished if isinstance(f, Done)} == {f"s/{n}" for n in range(12)}
+    assert len(finished) == 12 and not told(events, "unit tried again")
     there = [f for f in finished if isinstance(f, Done) and f.about["node"] == doomed]
-    assert len(there) < 4  # what ran when the notice came, and not half of all
+    assert len(there) <= 1  # what ran when the notice came
     assert told(events, "node is to leave")[0]["node"] == doomed
-    assert len({f.unit.id for f in finished}) == 12
 
 
 def test_evaluators_that_can_not_start_end_the_study_with_a_reason(pool: EvaluatorPool) -> None:
