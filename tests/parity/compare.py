@@ -71,8 +71,14 @@ def compare(model: Model, peer: Any, form: Form, data: str, limit: int | None, c
         instance.resps, instance.filtered_resps = [value], {}
     for task in tasks.values():
         task.apply_filters()
+    scored = {q.id: {s.metric: s.value for s in benchmark.score(q, mine[q.id])} for q, *_ in items}
+    judged: dict[tuple[str, str], Any] = {}  # the harness' scores of an item behind a filter: costly, so only once
+    for query, group, instance, instances in items:
+        for chain in {chain for chain, _ in form.metrics.values()}:
+            given = [i.filtered_resps[chain] for i in instances]
+            judged[query.id, chain] = tasks[group].process_results(instance.doc, given)
     for metric, (chain, name) in form.metrics.items():
-        totals(benchmark, form, tasks, items, mine, metric, chain, name, found)
+        totals(tasks, items, scored, judged, metric, chain, name, found)
     if len(found.ties) > EXCEPTED * found.items:
         found.faults.append(f"{len(found.ties)} near-ties: more than 1 %")
     return found
@@ -144,22 +150,17 @@ def nearest(model: Model, query: Generate, one: str, other: str) -> float:
     return min(gaps[-4:])
 
 
-def totals(
-    benchmark: Any, form: Form, tasks: Any, items: Any, mine: Any, metric: str, chain: str, name: str, found: Found
-) -> None:
+def totals(tasks: Any, items: Any, scored: Any, judged: Any, metric: str, chain: str, name: str, found: Found) -> None:
     """Score of every item, aggregate and standard error of one metric; near-ties are left out of both."""
     from lm_eval.api.metrics import pooled_sample_stderr, stderr_for_metric
 
     yours: dict[str, list[float]] = {}
     ours: dict[str, list[float]] = {}
     scale = 1.0
-    for query, group, instance, instances in items:
+    for query, group, *_ in items:
         if query.id in found.ties:
             continue
-        task = tasks[group]
-        given = [i.filtered_resps[chain] for i in instances]
-        their = float(task.process_results(instance.doc, given)[name])
-        own = next(s.value for s in benchmark.score(query, mine[query.id]) if s.metric == metric)
+        their, own = float(judged[query.id, chain][name]), scored[query.id][metric]
         scale = 100.0 if metric.endswith(("_max", "_diff")) else 1.0
         if not math.isclose(scale * own, their, abs_tol=CLOSE):
             found.faults.append(f"{query.id}: {metric} {scale * own:.6g} is not {their:.6g}")
