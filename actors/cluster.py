@@ -7,11 +7,12 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+
+from cluster import access
 
 
 class NoResources(RuntimeError):
@@ -36,7 +37,7 @@ def cluster(address: str | None, cpus: int, dashboard: bool = True) -> Iterator[
     else:
         own: Any = {"num_cpus": cpus, "include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
         context = ray.init(address="local", **own, **options)
-        _private_token()
+        access.private(access.token_file())  # Ray writes it readable by all; whoever has it can run code here
     quiet_data()
     try:
         yield context.dashboard_url or ""
@@ -45,15 +46,20 @@ def cluster(address: str | None, cpus: int, dashboard: bool = True) -> Iterator[
 
 
 def _joined(address: str, options: Mapping[str, Any]) -> Any:
-    """Join a cluster, with this user's token if there is one. Raises NoResources that says what to try."""
+    """Join a cluster, with this user's token if there is one. Raises NoResources that says what to try.
+
+    Raises ValueError for one that lets in whoever can reach it.
+    """
     try:
         from ray._private.authentication import authentication_token_setup as tokens
 
         tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as `ray start` does, but not `init`
     except (ImportError, AttributeError):  # no public word for it: then RAY_AUTH_MODE has to be set by the user
         pass
+    if ":" in address:
+        access.refuse_open(address)
     try:
-        return ray.init(address=address, **options)
+        context = ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         said = str(error).strip().splitlines()[0]
         raise NoResources(
@@ -61,6 +67,13 @@ def _joined(address: str, options: Mapping[str, Any]) -> Any:
             "token in ~/.ray/auth_token (or $RAY_AUTH_TOKEN) that of the cluster? To start a cluster of the study's "
             "own, leave out cluster.address and unset RAY_ADDRESS."
         ) from error
+    try:
+        if ":" not in address:  # "auto": it was found, not named
+            access.refuse_open(ray.get_runtime_context().gcs_address)
+    except ValueError:
+        ray.shutdown()
+        raise
+    return context
 
 
 def wait_for(
@@ -139,10 +152,3 @@ def quiet_data() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-
-
-def _private_token() -> None:
-    """Ray writes the token of a local cluster readable by all; whoever has it can run code here."""
-    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    if token.is_file() and token.stat().st_mode & 0o077:
-        token.chmod(0o600)

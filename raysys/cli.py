@@ -8,6 +8,7 @@ message and no traceback; 130 interrupted.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,9 +18,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from cluster.access import INSISTED, JOB
 from raysys import cli_shared as shared
 from raysys.cli_bench import bench
 from raysys.cli_harness import harness
+from raysys.cli_jobs import Address, Insist, jobs
+from raysys.cli_jobs import status as job_status
 from raysys.cli_shared import EXITS, Device, Json
 from raysys.cli_tools import tools
 
@@ -56,6 +60,7 @@ app.add_typer(convert, name="convert")
 app.add_typer(bench, name="bench")
 app.add_typer(tools)  # its commands stand beside the others
 app.add_typer(harness)
+app.add_typer(jobs)
 
 Study = Annotated[Path, typer.Argument(metavar="STUDY.toml", help="The study; `raysys new` writes one.")]
 Changes = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it: edits.count=20")]
@@ -80,6 +85,7 @@ def run(
     changes: Changes = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     delta: Delta = 0.02,
+    insist: Insist = False,
 ) -> None:
     """Run a study, or what is missing of it; then print its tables and write report.html.
 
@@ -91,6 +97,8 @@ def run(
     from raysys.spec import StudySpec
 
     spec = StudySpec.load(study, changes or ())
+    if insist:
+        os.environ[INSISTED] = "1"
     from raysys import study as studies
     from raysys import words
 
@@ -122,14 +130,26 @@ def plan(study: Study, changes: Changes = None, as_json: Json = False) -> None:
 
 
 @app.command(epilog=EXITS)
-def status(run: Run, as_json: Json = False) -> None:
-    """Say how far a run is. A running study is not disturbed.
+def status(
+    run: Annotated[
+        str | None, typer.Argument(metavar="RUN|JOB", help="A run folder, a study's file or name, or the id of a job.")
+    ] = None,
+    as_json: Json = False,
+    address: Address = None,
+    insist: Insist = False,
+) -> None:
+    """Say how far a run is, or a job that was submitted; without a name, or with --address, it is about jobs.
 
-    Examples: raysys status study.toml; raysys status runs/demo-1a2b3c4d
+    A running study is not disturbed.
+
+    Examples: raysys status study.toml; raysys status runs/demo-1a2b3c4d; raysys status --address http://127.0.0.1:8265
     """
     from raysys import runs
     from raysys.tables import status_table
 
+    if run is None or address or run.startswith(JOB):
+        job_status(run, address, as_json, insist)
+        return
     found = runs.status(runs.find(run))
     shared.say(json.dumps(asdict(found), indent=1) if as_json else status_table(found))
 

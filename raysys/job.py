@@ -1,0 +1,65 @@
+"""What runs on the cluster when a study is submitted: look whether it can run there, then run it.
+
+`python -m raysys.job STUDY.toml [key=value ...]`, in the folder that travelled with it. Its exit codes are those of
+`raysys run`; 2 also for a study that can't run on this cluster, told before anything was started.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+PASSED = "preflight: passed"  # the line after which a study starts; `raysys submit --detach` waits for it
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Check, run, and end the process with an exit code."""
+    signal.signal(signal.SIGTERM, _interrupted)  # `raysys stop`: the study ends as after Ctrl-C
+    study, *changes = sys.argv[1:] if arguments is None else arguments
+    from actors.cluster import cluster
+    from raysys import cli
+    from raysys import cli_shared as shared
+
+    try:
+        with cluster(None, 1):  # the one that this job is in
+            faults = _faults(study, changes)
+            if not faults:
+                _say(PASSED.removeprefix("preflight: "))
+                cli.main(["run", study, *changes])
+    except (ValueError, OSError) as error:
+        faults = [shared.reason(error)]
+    except KeyboardInterrupt:
+        shared.complain("interrupted before the study began")
+        sys.exit(130)
+    for fault in faults:
+        shared.complain(fault)
+    sys.exit(2)
+
+
+def _faults(study: str, changes: Sequence[str]) -> list[str]:
+    """What keeps the study from running on this cluster."""
+    from raysys.spec import StudySpec
+
+    spec = StudySpec.load(study, changes)
+    from actors import preflight
+    from raysys.study import needs
+
+    return preflight.room(*needs(spec), _say) + preflight.reach(Path(spec.root), spec.models, _say)
+
+
+def _say(text: str) -> None:
+    from raysys import cli_shared as shared
+
+    shared.say(f"preflight: {text}")
+    sys.stdout.flush()
+
+
+def _interrupted(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()
