@@ -82,6 +82,7 @@ class AlphaEdit:
 
     name: ClassVar[str] = "alphaedit"
     version: ClassVar[str] = "1"
+    splits: ClassVar[bool] = True  # works on a model that is split over processes
 
     def prepare(self, model: Model, cache: Path | None = None) -> PreparedAlphaEdit:
         """Sample contexts and find the null spaces on the unedited model, or take them from `cache`.

@@ -83,6 +83,7 @@ class Emmet:
 
     name: ClassVar[str] = "emmet"
     version: ClassVar[str] = "1"
+    splits: ClassVar[bool] = True  # works on a model that is split over processes
 
     def prepare(self, model: Model, cache: Path | None = None) -> PreparedEmmet:
         """Sample contexts, collect and factorise C on the unedited model, or take them from `cache`.

@@ -81,6 +81,7 @@ class Encore:
 
     name: ClassVar[str] = "encore"
     version: ClassVar[str] = "1"
+    splits: ClassVar[bool] = True  # works on a model that is split over processes
 
     def prepare(self, model: Model, cache: Path | None = None) -> PreparedEncore:
         """Sample contexts, collect and factorise λC + μI on the unedited model, or take them from `cache`.

@@ -98,6 +98,7 @@ class Memit:
 
     name: ClassVar[str] = "memit"
     version: ClassVar[str] = "1"
+    splits: ClassVar[bool] = True  # works on a model that is split over processes
 
     def prepare(self, model: Model, cache: Path | None = None) -> PreparedMemit:
         """Sample contexts, collect and factorise C on the unedited model, or take them from `cache`.

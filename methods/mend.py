@@ -203,8 +203,8 @@ def _having(model: Model, weights: Mapping[str, Tensor]) -> Iterator[None]:
     found = {n: model.matrix(f"{n}.weight").clone() for n in weights}
     try:
         for name, weight in weights.items():
-            model.matrix(f"{name}.weight").copy_(weight)
+            model.write(f"{name}.weight", weight)
         yield
     finally:
         for name, weight in found.items():
-            model.matrix(f"{name}.weight").copy_(weight)
+            model.write(f"{name}.weight", weight)

@@ -87,6 +87,7 @@ class Nse:
 
     name: ClassVar[str] = "nse"
     version: ClassVar[str] = "1"
+    splits: ClassVar[bool] = True  # works on a model that is split over processes
 
     def __post_init__(self) -> None:
         if self.iterations < 2:
@@ -188,7 +189,7 @@ class PreparedNse:
     @torch.no_grad()
     def _put(self, model: Model, matrices: Mapping[str, Tensor]) -> None:
         for module, matrix in matrices.items():
-            model.matrix(f"{module}.weight").copy_(matrix)
+            model.write(f"{module}.weight", matrix)
 
     def remember(self, memory: Memory | None, step: Mapping[str, Tensor]) -> Memory:
         """The keys of all steps so far, as the second moments see them, by module."""

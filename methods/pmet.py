@@ -89,6 +89,7 @@ class Pmet:
 
     name: ClassVar[str] = "pmet"
     version: ClassVar[str] = "1"
+    splits: ClassVar[bool] = True  # works on a model that is split over processes
 
     def prepare(self, model: Model, cache: Path | None = None) -> PreparedPmet:
         """Sample contexts, collect and factorise C on the unedited model, or take them from `cache`.

@@ -54,6 +54,7 @@ class RRome:
 
     name: ClassVar[str] = "r_rome"
     version: ClassVar[str] = "1"
+    splits: ClassVar[bool] = True  # works on a model that is split over processes
 
     @property
     def batch(self) -> int:

@@ -84,6 +84,7 @@ class Rome:
 
     name: ClassVar[str] = "rome"
     version: ClassVar[str] = "1"
+    splits: ClassVar[bool] = True  # works on a model that is split over processes
 
     @property
     def batch(self) -> int:

@@ -55,6 +55,7 @@ class Sphere:
 
     name: ClassVar[str] = "sphere"
     version: ClassVar[str] = "1"
+    splits: ClassVar[bool] = True  # works on a model that is split over processes
     published_means: ClassVar[str] = (
         "The leading directions are those of the parameter as it is stored, which in GPT-2's layers, stored the other "
         "way round, are directions of the outputs instead of the inputs."

@@ -20,6 +20,7 @@ class Arch:
     attn_out: str  # its last projection
     after: tuple[str, ...]  # what follows the last block, in order (final norm, ...); those a model lacks are skipped
     mlp_added: bool = True  # the MLP's output joins the residual stream unchanged (no norm between, none after)
+    splits: bool = True  # a tensor-parallel group can hold it (raysys/shards.py)
     softcap: str = ""  # the config's attribute that holds the logits' soft cap
 
     @property
@@ -45,6 +46,7 @@ FAMILIES: dict[str, Arch] = {
         attn="transformer.h.{}.attn",
         attn_out="transformer.h.{}.attn.c_proj",
         after=("transformer.ln_f",),
+        splits=False,
     ),
     "gptj": Arch(
         block="transformer.h.{}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,6 +96,26 @@ def canonical_config(config: Any) -> str:
     """The configuration as JSON without paths, versions and load options."""
     fields = {k: v for k, v in config.to_diff_dict().items() if k not in _NOT_IDENTITY}
     return json.dumps(fields, sort_keys=True, default=str)
+
+
+def digest(net: Any, tokenizer: Any) -> str:
+    """SHA-256 (hex) over configuration, tokenizer and all weights; independent of where they lie on disk."""
+    sha = hashlib.sha256(canonical_config(net.config).encode())
+    if tokenizer is not None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+        sha.update(text.encode())
+    seen: dict[tuple[int, torch.Size], str] = {}  # tied weights once
+    for name, tensor in sorted(net.state_dict().items()):
+        place = (tensor.data_ptr(), tensor.shape)
+        if place in seen and tensor.numel():
+            sha.update(f"{name} is {seen[place]}".encode())
+            continue
+        seen[place] = name
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        sha.update(data.numpy().data)
+    return sha.hexdigest()
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -15,10 +14,11 @@ from transformers.pytorch_utils import Conv1D
 
 from raysys.arch import Arch, arch
 from raysys.asking import Asking
-from raysys.loading import canonical_config, load
+from raysys.loading import digest, load
 from raysys.tokens import Tokens
 
 P = TypeVar("P")
+Place = tuple[int, int, int]  # a part of a matrix: dimension that is cut, first index of the part, first one behind it
 Hook = Callable[[Tensor, Tensor, Asking], "Tensor | None"]  # (B, T, d_in), (B, T, d_out), asking -> new output
 
 
@@ -46,13 +46,15 @@ class Model:
     B = rows of a batch, T = tokens, d = width of the residual stream, V = vocabulary.
     """
 
+    ranks = 1  # processes that hold a part of the weights each (raysys/shards.py)
+
     def __init__(self, net: nn.Module, tokenizer: Any, name: str = "") -> None:
         self.net: Any = net.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
         self.config: Any = self.net.config
         self.arch: Arch = arch(self.config)
-        self.digest: str = _digest(self.net, tokenizer)  # now, before any patch is worn
+        self.digest: str = digest(self.net, tokenizer)  # now, before any patch is worn
         self.tokens = Tokens.of(tokenizer, self.config)
         self.max_length = self.tokens.max_length
         self._carried: list[Any] = []  # patches worn that are no weights
@@ -139,6 +141,27 @@ class Model:
         if data.ndim == 1:
             return data[:, None]
         return data.T if self.transposed(name) else data
+
+    def write(self, name: str, matrix: Tensor) -> None:
+        """Make `matrix`, (d_out, d_in), the values of parameter `name`."""
+        self.matrix(name).copy_(matrix)
+
+    def local(self, name: str) -> Tensor:
+        """The part of `matrix(name)` that is held here: a view through which writes go."""
+        return self.matrix(name)
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(d_out, d_in) of the whole parameter `name`."""
+        rows, columns = self.matrix(name).shape
+        return rows, columns
+
+    def place(self, name: str) -> Place | None:
+        """Where `local(name)` lies in the whole; None: it is the whole."""
+        return None
+
+    def agreed(self, number: int) -> int:
+        """The least of the `number`s that all who hold a part of the model bring: for what each measures by itself."""
+        return number
 
     def transposed(self, name: str) -> bool:
         """Whether the parameter is stored as (d_in, d_out), as GPT-2's own linear layer does."""
@@ -364,23 +387,3 @@ def first(out: Any) -> Tensor:
     """The tensor of a module that returns one, or the first of a tuple."""
     tensor: Tensor = out[0] if isinstance(out, tuple) else out
     return tensor
-
-
-def _digest(net: Any, tokenizer: Any) -> str:
-    """SHA-256 (hex) over configuration, tokenizer and all weights; independent of where they lie on disk."""
-    sha = hashlib.sha256(canonical_config(net.config).encode())
-    if tokenizer is not None:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-        sha.update(text.encode())
-    seen: dict[tuple[int, torch.Size], str] = {}  # tied weights once
-    for name, tensor in sorted(net.state_dict().items()):
-        place = (tensor.data_ptr(), tensor.shape)
-        if place in seen and tensor.numel():
-            sha.update(f"{name} is {seen[place]}".encode())
-            continue
-        seen[place] = name
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        sha.update(data.numpy().data)
-    return sha.hexdigest()

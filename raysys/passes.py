@@ -118,7 +118,7 @@ class Passes:
             try:
                 found = run(start, part)
             except (RuntimeError, MemoryError) as error:
-                if len(part) == 1 or not out_of_memory(error):
+                if len(part) == 1 or self.model.ranks > 1 or not out_of_memory(error):  # other ranks go on
                     raise
                 size = (len(part) + 1) // 2
                 self.make_room()
@@ -145,7 +145,7 @@ class Passes:
         keys = 2 * (prefix + tokens) * self.model.width * share * self.model.layers
         work = 16 * tokens * self.model.width + 2 * tokens * (prefix + tokens)
         rows = int(AUTO_SHARE * (free + cached) / (bytes_ * (keys + work)))
-        return max(1, min(AUTO_ROWS, 1 << max(rows, 1).bit_length() - 1))
+        return self.model.agreed(max(1, min(AUTO_ROWS, 1 << max(rows, 1).bit_length() - 1)))
 
 
 def out_of_memory(error: BaseException) -> bool:

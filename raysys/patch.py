@@ -18,7 +18,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from raysys.model import Model
+from raysys.model import Model, Place
 from raysys.types import Joins, Patch
 
 C = TypeVar("C", bound=type)
@@ -60,6 +60,15 @@ class LowRank:
         for term in range(start, self.rank):
             delta += torch.outer(left[:, term], right[term])
 
+    def part(self, place: Place | None) -> LowRank:
+        """What it changes of a part of the weight; None: of the whole."""
+        if place is None:
+            return self
+        dim, start, stop = place
+        if dim:
+            return LowRank(self.weight, self.left, self.right[:, start:stop])
+        return LowRank(self.weight, self.left[start:stop], self.right)
+
     def tensors(self) -> dict[str, Tensor]:
         return {"left": self.left, "right": self.right}
 
@@ -94,6 +103,13 @@ class Dense:
     def add_to(self, delta: Tensor) -> None:
         """Add to `delta`, (d_out, d_in) float32, in place."""
         delta += self.delta.to(delta.device)
+
+    def part(self, place: Place | None) -> Dense:
+        """What it changes of a part of the weight; None: of the whole."""
+        if place is None:
+            return self
+        dim, start, stop = place
+        return Dense(self.weight, self.delta.narrow(dim, start, stop - start))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"delta": self.delta}
@@ -194,8 +210,8 @@ class Wearer:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self._base: dict[str, Tensor] = {}  # name -> (d_out, d_in), pristine
-        self._worn: dict[str, tuple[WeightPatch, Tensor]] = {}  # name -> (patch, its sum (d_out, d_in) float32)
+        self._base: dict[str, Tensor] = {}  # name -> (d_out, d_in) or the part of it that is held here, pristine
+        self._worn: dict[str, tuple[WeightPatch, Tensor]] = {}  # name -> (whole patch, its float32 sum in that part)
         self._others: list[Any] = []  # open contexts of patches that change no weight
 
     @torch.no_grad()
@@ -215,7 +231,7 @@ class Wearer:
         self._fit(weights)
         self._close_others()
         for name in [n for n in self._worn if n not in weights]:
-            self.model.matrix(name).copy_(self._base[name])
+            self.model.local(name).copy_(self._base[name])
             del self._worn[name]
         for name, patch in weights.items():
             self._put_on(name, patch)
@@ -233,25 +249,25 @@ class Wearer:
     def _reset(self) -> None:
         self._close_others()
         for name, base in self._base.items():
-            self.model.matrix(name).copy_(base)
+            self.model.local(name).copy_(base)
         self._worn.clear()
 
     def _put_on(self, name: str, patch: WeightPatch) -> None:
-        matrix = self.model.matrix(name)
+        matrix, here = self.model.local(name), patch.part(self.model.place(name))
         base = self._base.setdefault(name, matrix.detach().clone()) if name not in self._worn else self._base[name]
         before = self._worn.get(name)
-        if before is not None and isinstance(patch, LowRank) and _continues(before[0], patch):
+        if before is not None and isinstance(here, LowRank) and _continues(before[0], patch):
             delta, start = before[1], before[0].rank  # type: ignore[union-attr]
-            patch.add_to(delta, start)
+            here.add_to(delta, start)
         else:
-            delta = torch.zeros(patch.shape, dtype=torch.float32, device=matrix.device)
-            patch.add_to(delta)
+            delta = torch.zeros(here.shape, dtype=torch.float32, device=matrix.device)
+            here.add_to(delta)
         self._worn[name] = (patch, delta)
         matrix.copy_((base.float() + delta).to(matrix.dtype))
 
     def _fit(self, weights: Mapping[str, WeightPatch]) -> None:
         for name, patch in weights.items():
-            shape = tuple(self.model.matrix(name).shape)
+            shape = self.model.shape(name)
             if shape != patch.shape:
                 raise ValueError(f"patch of {name} is {patch.shape}, the weight {shape}: made for another model?")
 
@@ -260,8 +276,8 @@ class Wearer:
             self._others.pop().__exit__(None, None, None)
 
 
-def _continues(before: WeightPatch, now: LowRank) -> bool:
-    if not isinstance(before, LowRank) or before.rank > now.rank:
+def _continues(before: WeightPatch, now: WeightPatch) -> bool:
+    if not isinstance(before, LowRank) or not isinstance(now, LowRank) or before.rank > now.rank:
         return False
     same_left = torch.equal(now.left[:, : before.rank], before.left)
     return same_left and torch.equal(now.right[: before.rank], before.right)

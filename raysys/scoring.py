@@ -55,8 +55,9 @@ class Engine:
         self, model: Model, *, trunk_memory: float = 2.0, drafts: bool = True, softmax: Softmax = "float32"
     ) -> None:
         self.model, self.softmax = model, softmax
-        far = trunk_memory * GIB if model.device.type == "cuda" else 0.0
-        self.trunks = Trunks(model.device, trunk_memory * GIB, far) if trunk_memory else None
+        # what goes to host memory depends on measured times, which the ranks of a split model don't share
+        far = trunk_memory * GIB if model.device.type == "cuda" and model.ranks == 1 else 0.0
+        self.trunks = Trunks(model.device, trunk_memory * GIB, far, model.agreed) if trunk_memory else None
         self.passes = Passes(model, self.trunks)
         self.writer = Writer(self.passes, drafts)
 

@@ -107,6 +107,7 @@ class Trunks:
     device: torch.device
     near: float = 2 * GIB
     far: float = 0
+    agreed: Callable[[int], int] = int  # the least of what the ranks of a split model bring
     hits: int = 0
     _kept: dict[Hashable, _Kept] = field(default_factory=dict)
     _round: int = 0
@@ -135,7 +136,7 @@ class Trunks:
         `lower`: keys and values of the blocks below it, (1, H, P, d_head) each, for a prefix.
         """
         self._kept.pop(name, None)
-        size = _bytes((trunk, lower))
+        size = -self.agreed(-_bytes((trunk, lower)))
         for far, limit in ((False, self.near), (True, self.far)):
             if far and size / self._speed() > seconds:
                 return

@@ -205,11 +205,17 @@ def _path(origin: str, kind: str, cache: Path | None) -> Path:
 
 
 def _kept(model: Model, kind: str, recipe: Mapping[str, Any], cache: Path | None) -> _Kept | None:
-    """The artifact if the cache has it. Raises ValueError when the file there is another one or damaged."""
+    """The artifact if the cache has it: for every rank of a split model, or for none of them.
+
+    Raises ValueError when the file there is another one or damaged.
+    """
     origin = _origin(model, kind, recipe)
     path = _path(origin, kind, cache)
-    if not path.is_file():
-        return None
+    return _read(path, origin) if model.agreed(path.is_file()) else None
+
+
+def _read(path: Path, origin: str) -> _Kept:
+    """The artifact in `path`, which must have been made from `origin`. Raises ValueError."""
     way_out = "delete it and it will be computed again"
     try:
         with safe_open(path, framework="pt") as file:
@@ -239,7 +245,7 @@ def _keep(model: Model, kind: str, recipe: Mapping[str, Any], tensors: dict[str,
             save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, {"origin": origin, "digest": digest})
             os.link(temporary, path)  # the first to finish wins
         except FileExistsError:
-            return _kept(model, kind, recipe, cache) or _Kept(tensors, digest)
+            return _read(path, origin)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:

@@ -206,7 +206,7 @@ class Course:
     def __exit__(self, *_: object) -> None:
         with torch.no_grad():
             for module, base in self._base.items():
-                self.model.matrix(f"{module}.weight").copy_(base)
+                self.model.write(f"{module}.weight", base)
 
     @torch.no_grad()
     def keys(self, layer: int) -> dict[str, Tensor]:
@@ -245,7 +245,7 @@ class Course:
         made = self._made.setdefault(module, [])
         made.append((left.float().to(matrix.device), right.float().to(matrix.device)))
         delta = sum((a @ b for a, b in made[1:]), made[0][0] @ made[0][1])
-        matrix.copy_((base.float() + delta).to(matrix.dtype))
+        self.model.write(f"{module}.weight", (base.float() + delta).to(matrix.dtype))
         layer = next(i for i in range(self.last + 1) if module in self.modules(i))
         for run in self._runs:
             run.changed(layer)

@@ -318,5 +318,5 @@ def test_scores_of_many_questions_are_those_of_each_alone():
 def test_the_small_models_weights_are_not_hashed_for_every_edit(monkeypatch):
     model = tiny("llama")
     method = prepared(model)
-    monkeypatch.setattr("raysys.model._digest", lambda *_: pytest.fail("hashed"))
+    monkeypatch.setattr("raysys.model.digest", lambda *_: pytest.fail("hashed"))
     method.edit(model, [ANNA])
