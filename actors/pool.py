@@ -141,6 +141,10 @@ class EvaluatorPool:
         """References to wait on: signs of life and running units."""
         return [*self._pings, *self._running]
 
+    def __contains__(self, ref: Any) -> bool:
+        """Whether `ref` is one of `refs`."""
+        return ref in self._pings or ref in self._running
+
     def take(self, ref: Any) -> list[Done | Failed]:
         """Deal with a reference of `refs` that is ready. Raises PoolError when no evaluator can be started."""
         if ref in self._pings:

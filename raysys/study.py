@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from functools import partial
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from actors import editor, evaluator
+from actors import editor, evaluator, group
 from actors.cluster import NoResources, cluster, wait_for
 from actors.editor import Job
 from actors.feed import Source, Work, feed
 from actors.pool import EvaluatorPool, Limits, PoolError
+from actors.sharing import share
+from actors.signs import Signs
 from actors.streams import Lost, Made, Opened, Streaming, Streams
 from actors.waiting import Done, Failed, Unit
 from raysys import names
-from raysys.files import content_hash, read_json
+from raysys.files import content_hash
+from raysys.manifest import manifest
 from raysys.progress import Progress, quiet
 from raysys.results import Results
+from raysys.shards import splittable
 from raysys.spec import ComponentSpec, SpecError, StudySpec
 from raysys.tokens import Tokens
 from raysys.types import EditCase, Probe
@@ -42,7 +46,8 @@ class StudyError(RuntimeError):
 def run(spec: StudySpec, progress: Progress | None = None) -> Results:
     """Run `spec`, or what is missing of it, and return its results.
 
-    Raises SpecError for a study that can't run as written, StudyError when it can't go on. Units that keep failing
+    Raises SpecError for a study that can't run as written, StudyError when it can't go on, StorageError when its
+    results can't be kept (a full disk, storage that is away). Units that keep failing
     don't end it: they are in `results.failures()`.
     """
     progress = progress or quiet()
@@ -51,13 +56,14 @@ def run(spec: StudySpec, progress: Progress | None = None) -> Results:
         tokens = Tokens.load(model)
         if spec.scoring.chat is not None:
             spec.scoring.chat.check(tokens.tokenizer, model)
+        splittable(model, spec.cluster.tensor_parallel, spec.methods)
     results = Results.create(spec)
     with results.lock():
         if results.manifest.get("complete"):
             progress.note(f"complete already: {results.folder}")
             return results
         results.forget_failures()
-        results.write_manifest(_machine(spec))
+        results.write_manifest(manifest(spec))
         try:
             cpus, gpus, bundles = needs(spec)
             own = max(_cpus(spec, spec.cluster.most), os.cpu_count() or 1)
@@ -65,8 +71,7 @@ def run(spec: StudySpec, progress: Progress | None = None) -> Results:
                 if dashboard:
                     progress.note(f"Ray dashboard: http://{dashboard}")
                 wait_for(cpus, gpus, spec.cluster.wait, progress.note, bundles)
-                for model in spec.models:
-                    _Run(spec, model, edits, results, progress).go()
+                _work([_Run(spec, model, edits, results, progress) for model in spec.models], progress)
         except (PoolError, NoResources) as error:
             raise StudyError(str(error)) from error
         finally:
@@ -78,8 +83,44 @@ def run(spec: StudySpec, progress: Progress | None = None) -> Results:
     return results
 
 
+def _work(runs: Sequence[_Run], progress: Progress) -> None:
+    """Every base model in turn: the next begins when the one before it is edited, while that is still being scored."""
+    waiting, begun, heard, shown = deque(runs), list[_Run](), time.monotonic(), 0.0
+    try:
+        while waiting or any(r.busy for r in begun):
+            if waiting and not any(r.streams.busy for r in begun):
+                begun.append(waiting.popleft())
+                begun[-1].begin()
+            for run in [r for r in begun if not r.busy]:
+                run.end()
+            going = [r for r in begun if r.busy]
+            if not going:
+                continue
+            share([r.pool for r in going], going[0].limits)
+            ready, _ = ray.wait([ref for r in going for ref in r.refs()], timeout=1.0)
+            for run in going:
+                run.step(ready)
+            if time.monotonic() - shown > 1:  # looking at the run folder costs time
+                shown = time.monotonic()
+                for run in going:
+                    run.show()
+                busy = sum(r.pool.busy for r in going)
+                progress.scored(sum(r.scored for r in begun), sum(r.expected() for r in begun), busy)
+            heard = time.monotonic() if ready else heard
+            if time.monotonic() - heard > SILENCE and (starting := sum(r.pool.starting for r in going)):
+                progress.warn(f"{starting} evaluators wait to be started: has the cluster room?")
+                heard = time.monotonic()
+        progress.scored(sum(r.scored for r in begun), sum(r.expected() for r in begun), 0)
+    finally:
+        for run in begun:
+            run.end()
+
+
 class _Run:
     """One base model's part of a study: its editors, its evaluators, its blocks."""
+
+    streams: Streams
+    pool: EvaluatorPool
 
     def __init__(
         self, spec: StudySpec, model: str, edits: dict[int, Selected], results: Results, progress: Progress
@@ -88,43 +129,49 @@ class _Run:
         self.done = results.done()
         self.works: list[Work] = []
         self.scored = 0
-        self.total = 0
         self.seen: set[str] = set()  # units submitted or found done
+        self.signs = Signs()
         self.told = -TELLING  # when it was last said what is being prepared
-        self.shown = 0.0  # when progress was last shown
         self.cells = [self._cell(m, o) for name, m, o in spec.grid() if name == model]
 
-    def go(self) -> None:
-        """Edit and score until nothing is left to do."""
+    def begin(self) -> None:
+        """Start editors and evaluators, and read the benchmarks."""
         c, spec = self.spec.cluster, self.spec
         about = (self.model, spec.dtype, _device(spec, c.gpus_per_editor), c.threads)
-        start = partial(editor.start, model=about[0], dtype=about[1], device=about[2], threads=about[3],
+        makers = group.makers(c.tensor_parallel, c.across_nodes) or (editor.start, evaluator.start)
+        start = partial(makers[0], model=about[0], dtype=about[1], device=about[2], threads=about[3],
                         gpus=c.gpus_per_editor)  # fmt: skip
-        streams = Streams(start, c.editors, self.cells, self.results.note, c.stall)
+        self.streams = Streams(start, c.editors, self.cells, self.results.note, c.stall)
         about = (self.model, spec.dtype, _device(spec, c.gpus_per_evaluator), c.threads)
-        begin = partial(evaluator.start, model=about[0], dtype=about[1], device=about[2], threads=about[3],
+        begin = partial(makers[1], model=about[0], dtype=about[1], device=about[2], threads=about[3],
                         gpus=c.gpus_per_evaluator, trunk_memory=c.trunk_memory, drafts=c.drafts,
                         softmax=spec.scoring.softmax)  # fmt: skip
-        limits = Limits(fewest=c.fewest, most=c.most, retries=c.retries, idle=c.idle, stall=c.stall)
-        pool = EvaluatorPool(begin, limits, self.results.note)
-        try:
-            self._feed()
-            heard = time.monotonic()
-            self.progress.start({cell.job.cell: spec.snapshots[-1] for cell in self.cells}, self._expected())
-            while streams.busy or pool.pending:
-                streams.advance(c.snapshots_in_flight - pool.snapshots)
-                ready, _ = ray.wait([*streams.refs, *pool.refs], timeout=1.0)
-                for ref in ready:
-                    self._take(ref, streams, pool)
-                self._tick(streams, pool)
-                self._show(pool)
-                heard = time.monotonic() if ready else heard
-                if time.monotonic() - heard > SILENCE and pool.starting:
-                    self.progress.warn(f"{pool.starting} evaluators wait to be started: has the cluster room?")
-                    heard = time.monotonic()
-        finally:
-            streams.close()
-            pool.close()
+        self.limits = Limits(fewest=c.fewest, most=c.most, retries=c.retries, idle=c.idle, stall=c.stall)
+        self.pool = EvaluatorPool(begin, self.limits, self.results.note)
+        self._feed()
+        self.progress.start({cell.job.cell: spec.snapshots[-1] for cell in self.cells}, self.expected())
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is left to edit or to score."""
+        return self.streams.busy or self.pool.pending > 0
+
+    def refs(self) -> list[Any]:
+        """References to wait on."""
+        return [*self.streams.refs, *self.pool.refs]
+
+    def step(self, ready: Sequence[Any]) -> None:
+        """Deal with what is ready, and with what time brings."""
+        for ref in ready:
+            self._take(ref)
+        self._tick()
+        self.streams.advance(self.spec.cluster.snapshots_in_flight - self.pool.snapshots)
+
+    def end(self) -> None:
+        """End all actors. Safe to call twice, and when they were never started."""
+        for part in (getattr(self, "streams", None), getattr(self, "pool", None)):
+            if part is not None:
+                part.close()
 
     def _feed(self) -> None:
         """Blocks of all benchmarks, and of the probes of every edit order."""
@@ -150,27 +197,28 @@ class _Run:
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
-    def _tick(self, streams: Streams, pool: EvaluatorPool) -> None:
+    def _tick(self) -> None:
         """What time brings: actors that hang, nodes that leave, snapshots that nobody asks for any more."""
+        pool = self.pool
         for outcome in pool.tick():
             self._record(outcome)
-        if lost := streams.watch(self._sign):
+        if lost := self.streams.watch(self._sign):
             self._lost(lost)
         for cell in self.cells:
             if cell.stream is not None:
                 for edits in [n for n in cell.values if not pool.open(cell.stream.key(n))]:
                     del cell.values[edits]
 
-    def _take(self, ref: Any, streams: Streams, pool: EvaluatorPool) -> None:
-        if ref not in streams.refs:
-            for outcome in pool.take(ref):
+    def _take(self, ref: Any) -> None:
+        if ref not in self.streams.refs:
+            for outcome in self.pool.take(ref) if ref in self.pool else []:
                 self._record(outcome)
             return
-        news = streams.take(ref)
+        news = self.streams.take(ref)
         if isinstance(news, Opened):
             self._opened(news.cell)
         elif isinstance(news, Made):
-            pool.submit(self._units(news.cell, news.edits))
+            self.pool.submit(self._units(news.cell, news.edits))
         elif isinstance(news, Lost):
             self._lost(news)
 
@@ -259,7 +307,7 @@ class _Run:
     def _works(self, order: int) -> list[Work]:
         return [w for w in self.works if w.order in (-1, order)]
 
-    def _expected(self) -> int:
+    def expected(self) -> int:
         """How many units there are, those done before included."""
         later = [n for n in self.spec.snapshots if n]
         edited = sum(w.due(n) for c in self.cells for w in self._works(c.order) for n in later)
@@ -268,31 +316,21 @@ class _Run:
     def _cell(self, method: ComponentSpec, order: int) -> Streaming:
         name = cell_name(self.model, method, order)
         requests = tuple(case.request for case in self.edits[order].cases)
-        journal = str((self.results.cell_folder(name) / "journal").resolve())
+        journal = str(self.results.journal_folder(name).resolve())
         cache = os.environ.get(CACHE) or str(Path.home() / ".cache" / "raysys")
         job = Job(name, method.name, method.settings, requests, journal, cache, self.spec.seed, self.spec.on_refusal)
         return Streaming(job, method.title, order, self.spec.snapshots)
 
-    def _show(self, pool: EvaluatorPool) -> None:
-        """Everything that can be shown, once a second: looking at the run folder costs time."""
-        if time.monotonic() - self.shown < 1:
-            return
-        self.shown = time.monotonic()
+    def show(self) -> None:
+        """How far every cell is edited."""
         for cell in self.cells:
             edited, told = self._sign(cell.job)
             self.progress.edited(cell.job.cell, edited)
             self._preparing(cell.job, told)
-        self.progress.scored(self.scored, self._expected(), pool.busy)
 
-    @staticmethod
-    def _sign(job: Job) -> tuple[int, Any]:
+    def _sign(self, job: Job) -> tuple[int, Any]:
         """How far an editor is: the last edit in its journal, and what it makes before its first edit."""
-        path = Path(job.journal).parent / editor.PREPARING
-        last = max((int(p.stem) for p in Path(job.journal).glob("[0-9]*.safetensors")), default=0)
-        try:
-            return last, read_json(path) if path.is_file() else None
-        except (ValueError, OSError):  # gone, or being replaced
-            return last, None
+        return self.signs.of(job.journal)
 
     def _preparing(self, job: Job, told: Any) -> None:
         """Say what an editor makes before its first edit, and every few seconds how far that is."""
@@ -339,42 +377,22 @@ def needs(spec: StudySpec) -> tuple[float, float, list[dict[str, float]]]:
 def _cpus(spec: StudySpec, evaluators: int | None = None) -> int:
     """Logical CPUs that a study holds: its actors (the fewest evaluators unless told), and two for Ray Data."""
     evaluators = spec.cluster.fewest if evaluators is None else evaluators
-    return (evaluators + spec.cluster.editors) * spec.cluster.threads + 2
+    return (evaluators + spec.cluster.editors) * spec.cluster.threads * spec.cluster.tensor_parallel + 2
 
 
 def _bundles(spec: StudySpec) -> list[dict[str, float]]:
     """What each actor needs on a node, of those that a study can't do without; and a place for Ray Data."""
     c = spec.cluster
 
-    def share(gpus: float) -> dict[str, float]:
-        return {"CPU": float(c.threads)} | ({"GPU": gpus} if gpus else {})
+    def share(gpus: float) -> list[dict[str, float]]:
+        parts = c.tensor_parallel if c.across_nodes else 1
+        cpus = float(c.threads * c.tensor_parallel)
+        return [{"CPU": cpus / parts} | ({"GPU": gpus / parts} if gpus else {})] * parts
 
-    return [share(c.gpus_per_editor)] + [share(c.gpus_per_evaluator)] * c.fewest + [{"CPU": 1.0}] * 2
+    return share(c.gpus_per_editor) + share(c.gpus_per_evaluator) * c.fewest + [{"CPU": 1.0}] * 2
 
 
 def _device(spec: StudySpec, gpus: float) -> str:
     if spec.device != "auto":
         return spec.device
     return "cuda" if gpus > 0 else "cpu"
-
-
-def _machine(spec: StudySpec) -> dict[str, Any]:
-    """What a reader needs to repeat the run."""
-    packages = ("raysys", "ray", "torch", "transformers", "pyarrow", "datasets", "deepspeed")
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "started": time.time(),
-        "complete": False,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "versions": versions,
-        "seed": spec.seed,
-        "study": spec.hash,
-    }

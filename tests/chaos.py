@@ -50,8 +50,15 @@ class Nodes:
             sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={self.address}", "--block",
             "--num-cpus=2", f"--dashboard-agent-listen-port={heads.free_port()}", "--disable-usage-stats",
         ]  # fmt: skip
+        env = os.environ | {"RAY_raylet_start_wait_time_s": "120"}  # a busy machine
         with (self.folder / "nodes.log").open("ab") as log:
-            self.made.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
+            self.made.append(subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True))
+
+    def mend(self) -> None:
+        """A node that could not start is started again."""
+        for node in [n for n in self.made if n.poll() is not None]:
+            self.made.remove(node)
+            self.start()
 
     def kill(self, dice: random.Random) -> bool:
         """All processes of one node at once, as if its machine were switched off."""
@@ -81,8 +88,8 @@ def cluster(folder: Path) -> Iterator[tuple[heads.Head, Nodes]]:
     with heads.head(cpus=2) as head:
         nodes = Nodes(head.address, folder)
         try:
-            nodes.start()
-            nodes.start()
+            for _ in range(2):
+                nodes.start()
             yield head, nodes
         finally:
             nodes.close()
@@ -154,6 +161,7 @@ class Study:
             driver = self._driver(path)
             while driver.poll() is None:
                 assert time.monotonic() - started < LIMIT, (self.folder / "log").read_text()[-3000:]
+                self.nodes.mend()
                 done = len(list(folder.glob("units/*.parquet")))
                 if left and self.units and done >= left[0] * self.units:
                     left.pop(0)

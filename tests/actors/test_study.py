@@ -138,6 +138,17 @@ def test_a_killed_actor_changes_nothing(who: str, undisturbed: Results, place: P
     assert patches(again) == patches(undisturbed)
 
 
+def test_models_share_the_evaluators_and_each_is_scored_as_if_alone(
+    undisturbed: Results, place: Path, model_folder: Callable[[str], Path]
+) -> None:
+    models = [str(place / "model"), str(model_folder("gpt2"))]
+    both = run(small.spec(place, root=str(place / "both"), models=models, cluster={"evaluators": 2, "idle": 1}))
+    assert both.failures() == []
+    first = [row for row in small.contents(both) if row[0] in {c.id for c in undisturbed.cells()}]
+    assert first == small.contents(undisturbed)
+    assert {c.model for c in both.cells()} == set(models)
+
+
 def test_an_interrupted_study_goes_on_where_it_stopped(undisturbed: Results, place: Path) -> None:
     spec = small.spec(place, root=str(place / "interrupted"))
 
