@@ -11,6 +11,8 @@ import ray
 import torch
 from ray.exceptions import RayActorError
 
+from raysys.stores import PUBLIC
+
 
 def settle(threads: int) -> None:
     """Fix what rounding depends on: the number of threads, and algorithms that give the same bits every time."""

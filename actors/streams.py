@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,7 +19,9 @@ from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from actors.cluster import alive
 from actors.editor import Job
 from actors.machine import end
+from raysys.files import place
 from raysys.journal import Journal, Stream
+from raysys.stores import StorageError
 
 DEATHS = 3  # editors a cell may lose without getting any further, before it is given up
 MOVES = 30  # editors a cell may lose together with their nodes
@@ -49,7 +50,7 @@ class Streaming:
     def restore(self, edits: int) -> None:
         """Put the snapshot after `edits` edits into the object store again, from the journal."""
         assert self.stream is not None
-        self.values[edits] = ray.put(Journal(Path(self.job.journal), self.stream).snapshot(edits))
+        self.values[edits] = ray.put(Journal(place(self.job.journal), self.stream).snapshot(edits))
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class Streams:
                 room -= 1
 
     def take(self, ref: Any) -> Opened | Made | Lost | None:
-        """Deal with a reference of `refs` that is ready."""
+        """Deal with a reference of `refs` that is ready. Raises StorageError when an editor can't keep its edits."""
         desk = next(d for d in self.desks if d.call == ref)
         cell, value = desk.cell, desk.value
         desk.call = desk.value = None
@@ -158,6 +159,8 @@ class Streams:
         except RayTaskError as error:
             desk.cell = None
             cause = error.cause if isinstance(error.cause, Exception) else error
+            if isinstance(cause, StorageError):  # what is full or away for one is so for all
+                raise cause from None
             return Lost(cell, f"{cause}" if isinstance(cause, ValueError) else f"{type(cause).__name__}: {cause}")
         except RayError as error:
             return self._died(desk, cell, error)

@@ -2,7 +2,7 @@
 
 Everything heavy (torch, ray, transformers) is imported by the command that needs it, so that help and mistakes cost
 nothing. Exit codes: 0 fine; 1 the study ended with failed units, or raysys itself failed; 2 the user's mistake, one
-message and no traceback; 130 interrupted.
+message and no traceback; 3 the disk is full or the storage away; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from raysys.cli_jobs import Address, Insist, jobs
 from raysys.cli_jobs import status as job_status
 from raysys.cli_shared import EXITS, Device, Json
 from raysys.cli_tools import tools
+from raysys.stores import StorageError
 
 if TYPE_CHECKING:
     from raysys.results import Results
@@ -43,7 +44,7 @@ class _Guarded(TyperGroup):
             if ctx.params.get("debug"):
                 raise
             shared.complain(shared.reason(error))
-            raise typer.Exit(2) from error
+            raise typer.Exit(3 if isinstance(error, StorageError) else 2) from error
         except KeyboardInterrupt as error:
             resumable = ctx.invoked_subcommand in RESUMABLE
             go_on = "; run the same command again to continue" if resumable else ""
@@ -156,7 +157,8 @@ def status(
 
 @app.command("list", epilog=EXITS)
 def list_(
-    root: Annotated[Path, typer.Argument(help="The folder of runs.")] = Path("runs"), as_json: Json = False
+    root: Annotated[str, typer.Argument(help="The folder of runs, or its s3:// address.")] = "runs",
+    as_json: Json = False,
 ) -> None:
     """List all runs, the latest first."""
     from raysys import runs

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from raysys.model import Model
     from raysys.types import EditCase
 
-EXITS = "Exit codes: 0 fine; 1 units of work failed, or raysys itself; 2 a mistake in what was asked; 130 interrupted."
+EXITS = (
+    "Exit codes: 0 fine; 1 units of work failed, or raysys itself; 2 a mistake in what was asked; 3 no space left, or "
+    "the storage is away (make room, run it again: it continues); 130 interrupted."
+)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, auto")]

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from raysys.files import content_hash
+from raysys.files import Location, content_hash, found, within
 from raysys.patch import merge
 from raysys.snapshot import Snapshot, read, write
 from raysys.types import EditRequest, Patch
@@ -65,7 +64,7 @@ class Entry:
 class Journal:
     """Reads and appends the entries of one stream in `folder`."""
 
-    def __init__(self, folder: Path, stream: Stream) -> None:
+    def __init__(self, folder: Location, stream: Stream) -> None:
         self.folder, self.stream = folder, stream
 
     def append(self, entry: Entry) -> None:
@@ -121,24 +120,24 @@ class Journal:
 
     def keep(self, snapshot: Snapshot) -> None:
         """Keep a snapshot that is more than the sum of its steps. Raises OSError when the disk can't take it."""
-        snapshot.save(self._kept / f"{snapshot.edits:06d}.safetensors")
+        snapshot.save(within(self._kept, f"{snapshot.edits:06d}.safetensors"))
 
     @property
-    def _kept(self) -> Path:
-        return self.folder / "finished"
+    def _kept(self) -> Location:
+        return within(self.folder, "finished")
 
     def _finished(self, edits: int) -> Snapshot:
-        path = self._kept / f"{edits:06d}.safetensors"
-        if path.is_file() and (found := Snapshot.load(path)).id == self.stream.key(edits):
-            return found
-        there = ", ".join(str(int(p.stem)) for p in _paths(self._kept)) or "none yet"
+        path = within(self._kept, f"{edits:06d}.safetensors")
+        if path.is_file() and (there := Snapshot.load(path)).id == self.stream.key(edits):
+            return there
+        kept = ", ".join(str(int(p.stem)) for p in _paths(self._kept)) or "none yet"
         raise ValueError(
             f"{self.folder}: no snapshot after {edits} edits; this method finishes its snapshots, so that only those "
-            f"of the study can be had: {there}"
+            f"of the study can be had: {kept}"
         )
 
-    def _path(self, last: int) -> Path:
-        return self.folder / f"{last:06d}.safetensors"
+    def _path(self, last: int) -> Location:
+        return within(self.folder, f"{last:06d}.safetensors")
 
 
 def make_snapshot(stream: Stream, edits: int, patches: Sequence[Patch], parent: str | None = None) -> Snapshot:
@@ -146,25 +145,34 @@ def make_snapshot(stream: Stream, edits: int, patches: Sequence[Patch], parent: 
     return Snapshot(stream.key(edits), parent, edits, tuple(patches), stream.model)
 
 
-def load_all(folder: Path, tensors: bool = True) -> Iterator[Entry]:
+def load_all(folder: Location, tensors: bool = True) -> Iterator[Entry]:
     """Every entry in a folder, in order, whatever stream it belongs to; for reports, without its `tensors`."""
     for path in _paths(folder):
         yield _load(path, tensors)[0]
 
 
-def _load(path: Path, tensors: bool = True) -> tuple[Entry, dict[str, Any]]:
+def last_edit(folder: Location) -> int:
+    """The number of the last edit on record in a folder, 0 for none."""
+    return max((int(p.stem) for p in _paths(folder)), default=0)
+
+
+def _load(path: Location, tensors: bool = True) -> tuple[Entry, dict[str, Any]]:
     patches, memory, about = read(path, tensors)
-    requests = tuple(EditRequest(**r) for r in about["requests"])
-    refused = about["refused"] or {}
-    if isinstance(refused, str):  # as version 0.1 wrote it: a reason for all
-        refused = {r.id: refused for r in requests}
-    times = about["started"], about["ended"]
-    entry = Entry(about["first"], about["last"], patches, memory, requests, *times, refused, about["log"])
+    try:
+        requests = tuple(EditRequest(**r) for r in about["requests"])
+        refused = about["refused"] or {}
+        if isinstance(refused, str):  # as version 0.1 wrote it: a reason for all
+            refused = {r.id: refused for r in requests}
+        span, times = (int(about["first"]), int(about["last"])), (float(about["started"]), float(about["ended"]))
+        entry = Entry(*span, patches, memory, requests, *times, dict(refused), about["log"])
+        about = {"before": about["before"], "key": about["key"]}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not a step of a journal ({error!r}); remove it, it will be made again") from error
     return entry, about
 
 
-def _paths(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("*.safetensors") if p.stem.isdigit())
+def _paths(folder: Location) -> list[Location]:
+    return [p for p in found(folder, "*.safetensors") if p.stem.isdecimal()]
 
 
 def _contents(request: EditRequest) -> list[str | None]:

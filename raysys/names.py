@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -95,6 +97,14 @@ def build(cls: Any, settings: Mapping[str, Any], where: str) -> Any:
     if faults:
         raise ValueError("\n".join(faults))
     return built
+
+
+def lies_in(name: str, folder: Path) -> bool:
+    """Whether the plug-in that a dotted path names would be imported from `folder`."""
+    top = name.partition(":")[0].partition(".")[0]
+    spec = importlib.util.find_spec(top) if ":" in name and top else None
+    places = [spec.origin, *(spec.submodule_search_locations or ())] if spec else []
+    return any(p and Path(p).resolve().is_relative_to(folder.resolve()) for p in places)
 
 
 def _place(loc: tuple[int | str, ...]) -> str:

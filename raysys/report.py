@@ -14,7 +14,7 @@ from rich.text import Text
 
 from raysys import names, report_html, stats, words
 from raysys.account import Account, account
-from raysys.files import write_bytes
+from raysys.files import Location, within, write_bytes
 from raysys.frame import Metric
 from raysys.summary import KINDS, PROTOCOLS, Area, CellView, Point, Summary, summarise
 
@@ -42,15 +42,16 @@ class Report:
         """Print the tables."""
         (console or Console()).print(terminal(self.summary, self.account), highlight=False)
 
-    def write(self, path: Path | None = None) -> Path:
+    def write(self, path: Path | None = None) -> Location:
         """Write the HTML page and say where (by default into the run folder), and mark collapses. Raises OSError."""
-        path = path or self.results.folder / "report.html"
+        page = path or within(self.results.folder, "report.html")
         spec = self.results.spec
         toml = words.toml(spec.model_dump(mode="json"))
-        text = report_html.page(spec.name, self.summary, self.account, chances(spec), toml, self.results.manifest)
-        write_bytes(path, text.encode())
+        guessed = chances(spec, self.results.folder)
+        text = report_html.page(spec.name, self.summary, self.account, guessed, toml, self.results.manifest)
+        write_bytes(page, text.encode())
         self.results.mark()
-        return path
+        return page
 
 
 def show(results: Results, console: Console | None = None, delta: float = stats.DELTA) -> None:
@@ -58,15 +59,17 @@ def show(results: Results, console: Console | None = None, delta: float = stats.
     Report.of(results, delta).show(console)
 
 
-def write_html(results: Results, path: Path | None = None, delta: float = stats.DELTA) -> Path:
+def write_html(results: Results, path: Path | None = None, delta: float = stats.DELTA) -> Location:
     """Write the page of a study, finished or not, and say where. Raises OSError when it can't be written."""
     return Report.of(results, delta).write(path)
 
 
-def chances(spec: StudySpec) -> dict[Metric, float]:
-    """What guessing would score, as far as the benchmarks say."""
+def chances(spec: StudySpec, folder: Location | None = None) -> dict[Metric, float]:
+    """What guessing would score, as far as the benchmarks say; code that lies in the run `folder` itself isn't run."""
     found: dict[Metric, float] = {}
     for part in spec.benchmarks:
+        if isinstance(folder, Path) and names.lies_in(part.name, folder):
+            continue
         try:
             benchmark = names.build(names.benchmark(part.name), part.settings, part.title)
         except ValueError:  # of a plug-in that is not installed here: the report does without

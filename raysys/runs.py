@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import fcntl
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from raysys import locks
+from raysys.files import Location, place, within
+from raysys.journal import last_edit
 from raysys.names import did_you_mean
 from raysys.results import Results
 from raysys.spec import StudySpec
 
-ROOT = Path("runs")
+ROOT = "runs"
 
 
-def find(run: str, root: Path = ROOT) -> Results:
+def find(run: str, root: str | Location = ROOT) -> Results:
     """What `run` names: a run folder, a study's TOML file, a folder's name under `root`, or a study's name there (its
     latest run). Raises ValueError when there is none."""
-    path = Path(run)
+    path = place(run)
     if path.suffix == ".toml":
-        spec = StudySpec.load(path)
+        spec = StudySpec.load(run)
         folder = spec.folder
         if not (folder / "spec.json").is_file():
-            others = ", ".join(str(r.folder) for r in everything(Path(spec.root)) if _name(r) == spec.name)
+            others = ", ".join(str(r.folder) for r in everything(spec.root) if _name(r) == spec.name)
             hint = f" Run with other settings: {others}." if others else ""
             raise ValueError(f"{run} has not been run as it stands ({folder} does not exist).{hint}")
         return Results(folder)
@@ -38,9 +39,9 @@ def find(run: str, root: Path = ROOT) -> Results:
     raise ValueError(f"no run {run!r} under {root}/{did_you_mean(run, known)}")
 
 
-def everything(root: Path = ROOT) -> list[Results]:
+def everything(root: str | Location = ROOT) -> list[Results]:
     """All runs under `root`, the latest first."""
-    specs = sorted(root.glob("*/spec.json"), key=lambda p: -p.stat().st_mtime)
+    specs: list[Any] = sorted(place(root).glob("*/spec.json"), key=lambda p: -p.stat().st_mtime)
     return [Results(p.parent) for p in specs]
 
 
@@ -82,11 +83,11 @@ def status(results: Results) -> Status:
     spec = results.spec
     streams = []
     for cell in results.cells():
-        done = max((int(p.stem) for p in results.cell_folder(cell.id).glob("journal/[0-9]*.safetensors")), default=0)
-        streams.append(Stream(cell.id, cell.model, cell.method, cell.order, done, len(cell.about["requests"])))
+        done = last_edit(results.journal_folder(cell.id))
+        streams.append(Stream(cell.id, cell.model, cell.method, cell.order, done, len(cell.about.get("requests", ()))))
     failures = len(results.failures())
-    page = results.folder / "report.html"
-    if _running(results):
+    page = within(results.folder, "report.html")
+    if locks.held(results.folder):
         state = "running"
     elif manifest.get("complete"):
         state = "complete"
@@ -96,15 +97,3 @@ def status(results: Results) -> Status:
         spec.name, str(results.folder), state, streams, len(results.done()), failures,
         manifest.get("started"), manifest.get("finished"), str(page) if page.is_file() else None,
     )  # fmt: skip
-
-
-def _running(results: Results) -> bool:
-    """Whether a process holds the lock of the folder."""
-    try:
-        with (results.folder / ".lock").open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no lock, or not ours to open
-        return False
-    return False

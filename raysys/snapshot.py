@@ -10,19 +10,20 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
-from raysys.files import write_bytes
+from raysys.files import Location, write_bytes
 from raysys.patch import rebuild
+from raysys.stores import Remote
 from raysys.types import Patch
 
 FORMAT = 1
+LONGEST = 100_000_000  # bytes of a header, as safetensors itself allows
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,13 +54,13 @@ class Snapshot:
         if digest(self.base, self.patches) != self.digest:
             raise ValueError(f"snapshot {self.id} is damaged: its contents don't match its digest {self.digest[:12]}")
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Location) -> None:
         """Write to `path`, whole or not at all. Raises OSError."""
         about = {"id": self.id, "parent": self.parent, "edits": self.edits, "base": self.base, "digest": self.digest}
         write(path, self.patches, {}, about)
 
     @classmethod
-    def load(cls, path: Path) -> Snapshot:
+    def load(cls, path: Location) -> Snapshot:
         """Read back what `save` wrote. Raises ValueError when the file is not a whole, undamaged snapshot."""
         patches, _, about = read(path)
         try:
@@ -86,7 +87,7 @@ def tensor_bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def write(path: Path, patches: Sequence[Patch], memory: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+def write(path: Location, patches: Sequence[Patch], memory: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """Patches, a method's memory and a JSON description as one safetensors file, whole or not at all."""
     tensors = {f"{i}.{name}": t for i, patch in enumerate(patches) for name, t in patch.tensors().items()}
     tensors |= {f"memory.{name}": tensor for name, tensor in memory.items()}
@@ -96,15 +97,14 @@ def write(path: Path, patches: Sequence[Patch], memory: Mapping[str, Tensor], ab
     write_bytes(path, data)
 
 
-def read(path: Path, tensors: bool = True) -> tuple[tuple[Patch, ...], dict[str, Tensor], dict[str, Any]]:
+def read(path: Location, tensors: bool = True) -> tuple[tuple[Patch, ...], dict[str, Tensor], dict[str, Any]]:
     """(patches, memory, description) from a file of `write`; only the description without `tensors`.
 
     Raises ValueError when it is not such a file, or is cut short.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["raysys"])
-            held = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
+        text, held = _contents(path, tensors)
+        header = json.loads(text)
         if header["format"] != FORMAT:
             raise ValueError(f"{path}: format {header['format']}, this version reads {FORMAT}")
         patches = tuple(
@@ -112,7 +112,22 @@ def read(path: Path, tensors: bool = True) -> tuple[tuple[Patch, ...], dict[str,
             for i, p in enumerate(header["patches"] if tensors else ())
         )
         memory = {name.removeprefix("memory."): t for name, t in held.items() if name.startswith("memory.")}
-        about: dict[str, Any] = header["about"]
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        about: dict[str, Any] = dict(header["about"])
+    except (SafetensorError, KeyError, TypeError, AttributeError, IndexError, json.JSONDecodeError, RecursionError,
+            UnicodeDecodeError) as error:  # fmt: skip
         raise ValueError(f"{path}: not a whole file of raysys ({error}); remove it, it will be made again") from error
     return patches, memory, about
+
+
+def _contents(path: Location, tensors: bool) -> tuple[str, dict[str, Tensor]]:
+    """(our part of the header, tensors by name); no tensor is read unless they are wanted."""
+    if not isinstance(path, Remote):
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys()) if tensors else []
+            return (file.metadata() or {})["raysys"], {name: file.get_tensor(name) for name in names}
+    data = path.read_bytes() if tensors else path.read_bytes(8)
+    size = int.from_bytes(data[:8], "little")
+    if size > LONGEST:
+        raise ValueError(f"{path}: a header of {size} bytes; not a file of raysys")
+    start = data if tensors else path.read_bytes(8 + size)
+    return json.loads(start[8 : 8 + size])["__metadata__"]["raysys"], load(data) if tensors else {}

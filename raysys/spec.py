@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from raysys import names
 from raysys.chat import Chat
-from raysys.files import content_hash
+from raysys.files import Location, content_hash, place
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -159,7 +159,7 @@ class StudySpec(_Part):
 
     name: str = Field(default="study", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     seed: int = 0
-    root: str = "runs"  # folder under which runs are kept
+    root: str = "runs"  # folder under which runs are kept; or object storage, s3://bucket/folder, gs://bucket/folder
     models: tuple[str, ...] = Field(default=("world/small",), min_length=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -186,6 +186,12 @@ class StudySpec(_Part):
             raise ValueError(
                 f"snapshots: {self.snapshots[-1]} is beyond the {self.edits.count} edits of the study; "
                 f"raise edits.count or lower the snapshot"
+    @field_validator("root")
+    @classmethod
+    def _known_place(cls, root: str) -> str:
+        place(root)
+        return root
+
             )
         for what, parts in (("methods", self.methods), ("benchmarks", self.benchmarks)):
             titles = [p.title for p in parts]
@@ -256,9 +262,19 @@ class StudySpec(_Part):
         return content_hash(self.identity)[:8]
 
     @property
-    def folder(self) -> Path:
+    @classmethod
+    def read(cls, tree: Any, where: str) -> StudySpec:
+        """A spec that was checked when it was written. No component in it is imported or built: whoever reads a run
+        folder runs nothing that it names. Raises SpecError."""
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            faults = [_fault(where, dict(f), cls) for f in error.errors()]
+            raise SpecError("\n".join([*faults, f"{where}: not a study of this version, or damaged"])) from error
+
+    def folder(self) -> Location:
         """Where this study's results live."""
-        return Path(self.root) / f"{self.name}-{self.hash}"
+        return place(self.root) / f"{self.name}-{self.hash}"
 
     def grid(self) -> list[tuple[str, ComponentSpec, int]]:
         """(model, method, order) of every cell."""
