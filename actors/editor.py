@@ -18,11 +18,12 @@ import torch
 from actors.machine import as_actor, describe, settle
 from methods.parts import artifacts
 from raysys import names, steps
-from raysys.files import write_json
-from raysys.journal import Entry, Journal, Stream, make_snapshot
+from raysys.files import Location, place, read_json, within, write_json
+from raysys.journal import Entry, Journal, Stream, last_edit, make_snapshot
 from raysys.model import Model
 from raysys.patch import Wearer, merge
 from raysys.snapshot import Snapshot
+from raysys.stores import Remote
 from raysys.types import EditRequest, Finishes, Patch, remembered
 
 PREPARING = "preparing.json"  # in a cell's folder while its method is prepared
@@ -36,7 +37,7 @@ class Job:
     method: str
     settings: Mapping[str, Any]
     requests: tuple[EditRequest, ...]
-    journal: str  # folder
+    journal: str  # folder, or address in object storage
     cache: str | None  # folder of artifacts
     seed: int
     on_refusal: str  # "stop" or "skip"
@@ -66,11 +67,11 @@ class Editor:
         self.batch: int = method.batch
         if self.batch < 1:
             raise ValueError(f"method {job.method}: {self.batch} requests at a time; `batch` must be 1 or more")
-        self.method = self._prepared(method, Path(job.journal).parent / PREPARING, cache)
+        self.method = self._prepared(method, within(place(job.journal).parent, PREPARING), cache)
         dtype = str(self.model.dtype).removeprefix("torch.")
         self.stream = Stream(self.model.digest, dtype, self.method.identity(), job.requests, job.seed, self.threads)
         self.job, self.done = job, 0
-        self.journal = Journal(Path(job.journal), self.stream)
+        self.journal = Journal(place(job.journal), self.stream)
         if isinstance(self.method, Finishes):
             self.journal.keep_snapshots()
         self.recorded: Iterator[Entry] | None = self.journal.entries()
@@ -78,7 +79,7 @@ class Editor:
         self.memory: Any = None
         return self.stream
 
-    def _prepared(self, method: Any, told: Path, cache: Path | None) -> Any:
+    def _prepared(self, method: Any, told: Location, cache: Path | None) -> Any:
         """The method prepared; while something costly is made for it, the file `told` says what and how far it is."""
 
         def tell(what: str, done: int, total: int) -> None:
@@ -141,6 +142,21 @@ class Editor:
     def describe(self) -> dict[str, Any]:
         """The machine this runs on and the digest of the base model."""
         return describe(self.model.device) | {"digest": self.model.digest}
+
+
+def sign(journal: str) -> tuple[int, Any]:
+    """How far the editor of a journal is: the last edit on record, and what it makes before its first edit.
+
+    A look costs a request in object storage, and is worth no waiting. Raises StorageError.
+    """
+    folder = place(journal)
+    folder = folder.hasty(0.0) if isinstance(folder, Remote) else folder
+    path = within(folder.parent, PREPARING)
+    last = last_edit(folder)
+    try:
+        return last, read_json(path) if not last and path.is_file() else None
+    except (ValueError, FileNotFoundError):  # gone, or being replaced
+        return last, None
 
 
 def start(name: str, model: str, dtype: str, device: str, threads: int, gpus: float) -> Any:

@@ -173,6 +173,12 @@ class StudySpec(_Part):
     scoring: ScoringSpec = ScoringSpec()
     cluster: ClusterSpec = ClusterSpec()
 
+    @field_validator("root")
+    @classmethod
+    def _known_place(cls, root: str) -> str:
+        place(root)
+        return root
+
     @field_validator("snapshots")
     @classmethod
     def _ordered(cls, values: tuple[int, ...]) -> tuple[int, ...]:
@@ -186,12 +192,6 @@ class StudySpec(_Part):
             raise ValueError(
                 f"snapshots: {self.snapshots[-1]} is beyond the {self.edits.count} edits of the study; "
                 f"raise edits.count or lower the snapshot"
-    @field_validator("root")
-    @classmethod
-    def _known_place(cls, root: str) -> str:
-        place(root)
-        return root
-
             )
         for what, parts in (("methods", self.methods), ("benchmarks", self.benchmarks)):
             titles = [p.title for p in parts]
@@ -249,6 +249,16 @@ class StudySpec(_Part):
             raise SpecError("\n".join(faults))
         return spec
 
+    @classmethod
+    def read(cls, tree: Any, where: str) -> StudySpec:
+        """A spec that was checked when it was written. No component in it is imported or built: whoever reads a run
+        folder runs nothing that it names. Raises SpecError."""
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            faults = [_fault(where, dict(f), cls) for f in error.errors()]
+            raise SpecError("\n".join([*faults, f"{where}: not a study of this version, or damaged"])) from error
+
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the numbers: everything but where results lie and who does the work."""
@@ -262,16 +272,6 @@ class StudySpec(_Part):
         return content_hash(self.identity)[:8]
 
     @property
-    @classmethod
-    def read(cls, tree: Any, where: str) -> StudySpec:
-        """A spec that was checked when it was written. No component in it is imported or built: whoever reads a run
-        folder runs nothing that it names. Raises SpecError."""
-        try:
-            return cls.model_validate(tree)
-        except ValidationError as error:
-            faults = [_fault(where, dict(f), cls) for f in error.errors()]
-            raise SpecError("\n".join([*faults, f"{where}: not a study of this version, or damaged"])) from error
-
     def folder(self) -> Location:
         """Where this study's results live."""
         return place(self.root) / f"{self.name}-{self.hash}"
