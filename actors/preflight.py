@@ -5,6 +5,7 @@ A study that lacks something would wait, or fail after an hour. Each check gives
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,9 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raysys.files import Location, place, write_bytes
+from raysys.stores import Remote
 
 SECONDS = 120.0  # that a machine may take to look
 
@@ -27,28 +31,30 @@ def room(cpus: float, gpus: float, bundles: Sequence[Mapping[str, float]], say: 
     `bundles` is what must fit on one machine each.
     """
     there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    most = _most()
-    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
+    most, grows = _most(), _grows()
     faults = []
     for name, wanted in (("CPU", cpus), ("GPU", gpus)):
         has, limit = there.get(name, 0.0), max(most.get(name, 0.0), there.get(name, 0.0))
-        grows = f", it may grow to {limit:g}" if limit > has else ""
+        more = f" and may grow to {limit:g}" if limit > has else " and grows as needed" if grows and not most else ""
         if wanted or has:
-            say(f"{name}s: the study asks for {wanted:g}, the cluster has {has:g}{grows}")
-        if wanted > limit:
+            say(f"{name}s: the study asks for {wanted:g}, the cluster has {has:g}{more}")
+        if wanted > limit and (most or not grows):
             faults.append(
-                f"the study asks for {wanted:g} {name}s and the cluster has {has:g}{grows}: give the study fewer "
+                f"the study asks for {wanted:g} {name}s and the cluster has {has:g}{more}: give the study fewer "
                 f"evaluators or threads ([cluster] in its file), or add machines"
             )
-    for bundle in bundles if not most else ():  # what machines will be like that are to come is not known
-        if not faults and not any(all(n.get(k, 0) >= v for k, v in bundle.items()) for n in nodes):
+    if faults or grows:  # what machines will be like that are to come is not known
+        return faults
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
+    for bundle in bundles:
+        if not any(all(n.get(k, 0) >= v for k, v in bundle.items()) for n in nodes):
             what = ", ".join(f"{v:g} {k}" for k, v in bundle.items())
-            faults.append(f"no machine of the cluster has {what}, which one actor of the study takes")
-    return faults
+            return [f"no machine of the cluster has {what}, which one actor of the study takes"]
+    return []
 
 
 def _most() -> dict[str, float]:
-    """What the autoscaler may grow the cluster to; empty without one. Ray has no public word for it."""
+    """What the autoscaler says that it may grow the cluster to; empty when it says nothing (Ray's first version)."""
     try:
         from ray._private.state import state
 
@@ -57,17 +63,30 @@ def _most() -> dict[str, float]:
         return {}
 
 
-def reach(root: Path, models: Sequence[str], say: Say) -> list[str]:
-    """Whether every machine can write under `root`, sees there what this one writes, and reads `models`; faults."""
-    mark = root / f".preflight-{uuid.uuid4().hex}"
+def _grows() -> bool:
+    """Whether an autoscaler adds machines. Ray has no public word for it: where there is none, it names the types of
+    machines after the machines."""
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        mark.write_text("written by the head")
-    except OSError as error:
-        return [f"the run folder's place {root} can't be written on this machine: {error.strerror}"]
+        from ray.experimental.internal_kv import _internal_kv_get
+
+        told = json.loads(_internal_kv_get(b"__autoscaling_status") or b"{}")
+        return bool(_most()) or any(not k.startswith("node_") for k in told["autoscaler_report"]["active_nodes"])
+    except (ImportError, AttributeError, KeyError, TypeError, ValueError, RayError):
+        return bool(_most())
+
+
+def reach(root: str, models: Sequence[str], say: Say) -> list[str]:
+    """Whether every machine can write under `root` (a folder, or a URI such as s3://bucket/runs), sees there what this
+    one writes, and reads `models`; faults."""
+    mark = f".preflight-{uuid.uuid4().hex}"
+    try:
+        where = _place(root)
+        write_bytes(where / mark, b"written by the head")
+    except (OSError, ValueError) as error:
+        return [f"the run folder's place {root} can't be written on this machine: {_reason(error)}"]
     try:
         alive = [n for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
-        looks = {n["NodeName"]: _on(n["NodeID"]).remote(str(mark), list(models)) for n in alive}
+        looks = {n["NodeName"]: _on(n["NodeID"]).remote(root, mark, list(models)) for n in alive}
         faults = []
         for name, ref in looks.items():
             try:
@@ -75,29 +94,41 @@ def reach(root: Path, models: Sequence[str], say: Say) -> list[str]:
             except GetTimeoutError:
                 faults.append(f"machine {name}: did not look within {SECONDS:g} s; is it overloaded?")
             except RayError as error:
-                faults.append(f"machine {name}: can't run the study's code: {str(error).strip().splitlines()[-1]}")
+                faults.append(f"machine {name}: can't run the study's code: {_reason(error)}")
     finally:
         with suppress(OSError):
-            mark.unlink()
+            (where / mark).unlink()
     if not faults:
         say(f"{len(looks)} of {len(looks)} machines reach {root} and can read {', '.join(models)}")
     return faults
 
 
-def look(mark: str, models: Sequence[str]) -> list[str]:
-    """On one machine: is the file `mark` there, can something be written beside it, can `models` be read? Faults."""
+def look(root: str, mark: str, models: Sequence[str]) -> list[str]:
+    """On one machine: is the file `mark` under `root`, can something be written there, can `models` be read? Faults."""
     faults = []
-    path = Path(mark)
-    beside = path.with_name(f"{path.name}-{uuid.uuid4().hex}")
     try:
-        path.read_text()
-        beside.write_text("written by a worker")
-        beside.unlink()
-    except FileNotFoundError:
-        faults.append(f"{path.parent} is not the folder that the head writes to; it must be on storage that all share")
-    except OSError as error:
-        faults.append(f"{path.parent} can't be used: {error.strerror}")
+        where = _place(root)
+        if (where / mark).is_file():
+            beside = where / f"{mark}-{uuid.uuid4().hex}"
+            write_bytes(beside, b"written by a worker")
+            beside.unlink()
+        else:
+            faults.append(f"{root} is not the folder that the head writes to; it must be on storage that all share")
+    except (OSError, ValueError) as error:
+        faults.append(f"{root} can't be used: {_reason(error)}")
     return faults + [fault for name in models if (fault := _model(name))]
+
+
+def _place(root: str) -> Location:
+    """Where runs are kept; object storage that is away is not waited for here."""
+    where = place(root)
+    return where.hasty() if isinstance(where, Remote) else where
+
+
+def _reason(error: Exception) -> str:
+    """The last line of what Ray says of an error, the first of what others say."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if isinstance(error, RayError) else 0]
 
 
 def _model(name: str) -> str:

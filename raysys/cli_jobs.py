@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 JOB_EXITS = (
     "Exit codes: 0 the study is complete; 1 parts of it failed, or raysys or the cluster did; 2 refused, or a mistake "
-    "in what was asked (token, address, room, storage, the study): nothing was run; 3 the job was stopped; "
-    "130 interrupted here, the job goes on."
+    "in what was asked (token, address, room, storage, the study): nothing was run; 3 no space left, or the storage is "
+    "away; 4 the job was stopped; 130 interrupted here, the job goes on."
 )
-STOPPED = 3
+STOPPED = 4
 
 jobs = typer.Typer()
 
@@ -75,7 +75,7 @@ def submit(
     from raysys.spec import StudySpec
 
     spec = StudySpec.load(study, changes or ())
-    if not (Path(spec.root).is_absolute() or "://" in spec.root):
+    if not (str(spec.folder).startswith("/") or "://" in str(spec.folder)):
         raise ValueError(
             f"root = {spec.root!r} would lie in the job's own folder, which goes when the job ends. Name a folder that "
             f"all machines of the cluster share: raysys submit {study} root=/shared/runs"
@@ -173,6 +173,9 @@ def _follow(connected: Jobs, name: str, secret: str = "", until_begun: bool = Fa
     except KeyboardInterrupt:
         shared.complain(f"interrupted here; the job goes on. Follow: raysys logs {name}; end: raysys stop {name}")
         raise typer.Exit(130) from None
+    except ConnectionError as error:
+        shared.complain(f"{error}. The job may go on; follow it again: raysys logs {name}")
+        raise typer.Exit(1) from error
     if job.state == "SUCCEEDED":
         shared.say(f"{job.id}: complete; results: {job.folder}")
         return
@@ -182,6 +185,9 @@ def _follow(connected: Jobs, name: str, secret: str = "", until_begun: bool = Fa
     if job.code == 2:
         shared.complain(f"{job.id}: refused, for the reasons above")
         raise typer.Exit(2)
+    if job.code == 3:
+        shared.complain(f"{job.id}: its storage is full or away (above); mend it and submit the study again")
+        raise typer.Exit(3)
     shared.complain(f"{job.id} failed: {job.message.splitlines()[0] if job.message else 'no reason was given'}")
     raise typer.Exit(1)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 PASSED = "preflight: passed"  # the line after which a study starts; `raysys submit --detach` waits for it
@@ -47,7 +46,7 @@ def _faults(study: str, changes: Sequence[str]) -> list[str]:
     from actors import preflight
     from raysys.study import needs
 
-    return preflight.room(*needs(spec), _say) + preflight.reach(Path(spec.root), spec.models, _say)
+    return preflight.room(*needs(spec), _say) + preflight.reach(spec.root, spec.models, _say)
 
 
 def _say(text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -15,12 +16,13 @@ from pathlib import Path
 import pytest
 
 from cluster import access
+from raysys.job import PASSED
 from raysys.results import Results
 from tests import heads
 from tests.actors import small
 from tests.cluster import studies
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 HUB_TOKEN = "hf_thisisnobodystokenbutitmustnotbeseen"
 
 
@@ -43,8 +45,25 @@ class Place:
         return " ".join((done.stdout + done.stderr).split())
 
     def submit(self, *arguments: str, code: int = 0, **env: str) -> str:
-        cache = f"--env=RAYSYS_CACHE={self.here / 'cache'}"
-        return self.raysys("submit", "study.toml", *arguments, cache, code=code, **env)
+        return self.raysys("submit", "study.toml", *arguments, self.cache, code=code, **env)
+
+    @property
+    def cache(self) -> str:
+        return f"--env=RAYSYS_CACHE={self.here / 'cache'}"
+
+    def interrupted(self, *arguments: str) -> str:
+        """What a command says on standard error that is interrupted (Ctrl-C) once the study has begun."""
+        env = {"RAY_AUTH_TOKEN_PATH": str(self.token), "HF_TOKEN": HUB_TOKEN}
+        with studies.started(self.here, *arguments, "--address", self.address, env=env) as process:
+            assert process.stdout is not None and process.stderr is not None
+            for line in process.stdout:
+                if PASSED in line:
+                    break
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        assert process.returncode == 130, said
+        assert "Traceback" not in said
+        return " ".join(said.split())
 
 
 @pytest.fixture(scope="module")
@@ -93,39 +112,53 @@ def test_a_token_that_others_can_read_is_closed_to_them(place: Place) -> None:
     assert place.token.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_study_that_can_not_run_there_is_told_so_by_the_cluster_and_nothing_is_run(place: Place) -> None:
+    said = place.submit(f"root={place.root}", "cluster.evaluators=50", 'models=["/nowhere/model"]', code=2)
+    assert "the study asks for 53 CPUs and the cluster has 4" in said
+    assert "model '/nowhere/model': no such folder" in said
+    assert "preflight: passed" not in said and "refused, for the reasons above" in said
+    assert list(place.root.iterdir()) == []
+    assert "would lie in the job's own folder" in place.submit("root=runs", code=2)
+
+
 # --- the promise -----------------------------------------------------------------------------------------------------
 
 
 def test_a_study_submitted_stopped_and_submitted_again_finds_what_a_local_run_finds(place: Place) -> None:
     root = f"root={place.root}"
-    said = place.submit(root, "--detach", "--hub-token", HF_TOKEN=HUB_TOKEN)
+    hold = place.here / "hold"  # while it is there, the study's questions wait
+    said = place.submit(root, "--detach", f"--env=HOLD={hold}")
     assert "preflight: CPUs: the study asks for 4, the cluster has 4" in said
     assert "1 of 1 machines reach" in said
     [job] = [word for word in said.split() if word.startswith(access.JOB)][:1]
-    assert "runs already as" in place.submit(root, "--detach", code=2)
-
     [folder] = place.root.glob("small-*")
     deadline = time.monotonic() + 120
-    while len(Results(folder).done()) < 3:
+    while not Results(folder).done():
         assert time.monotonic() < deadline, place.raysys("logs", job, "--no-follow")
-        time.sleep(0.3)
+        time.sleep(0.1)
+    hold.touch()
+    assert "runs already as" in place.submit(root, "--detach", code=2)
     about = json.loads(place.raysys("status", job, "--json"))
     assert (about["state"], about["folder"], about["code"]) == ("RUNNING", str(folder), None)
     assert "preflight: passed" in place.raysys("logs", job, "--no-follow")
 
     assert "STOPPED" in place.raysys("stop", job)
-    assert "was stopped" in place.raysys("logs", "small", code=3)
+    assert "was stopped" in place.raysys("logs", "small", code=4)
     before = set(Results(folder).done())
-    assert len(before) >= 3
+    assert before
+    hold.unlink()
     stopped = time.time()
 
-    said = place.submit(root, "--hub-token", HF_TOKEN=HUB_TOKEN)
-    assert "complete; results:" in said
+    seen = place.here / "seen"
+    again = place.interrupted("submit", "study.toml", root, place.cache, "--hub-token", f"--env=SEEN={seen}")
+    assert f"interrupted here; the job goes on. Follow: raysys logs {access.JOB}" in again
+    assert "complete; results:" in place.raysys("logs", "small")
+    assert seen.read_text() == HUB_TOKEN[::-1]
     results = Results(folder)
     rows = results.units().to_pylist()
     assert {r["unit"] for r in rows if r["ended"] < stopped} == before
 
-    local = studies.raysys(place.here, "run", "study.toml", "root=local", "--quiet")
+    local = studies.raysys(place.here, "run", "study.toml", "root=local", "cluster.dashboard=false", "--quiet")
     assert local.returncode == 0, local.stderr
     [alone] = (place.here / "local").glob("small-*")
     assert alone.name == folder.name

@@ -39,7 +39,8 @@ def test_what_a_study_names_travels_and_nothing_else_of_its_folder(here: Path) -
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).write_text("x")
     model = {f"model/{p.name}" for p in (here / "model").iterdir() if p.is_file()}
-    assert pack(here) == {"study.toml", "edits.json", "corpus.txt", "cities.py"} | model
+    found = pack(here, 'methods=[{name="rome", layer=1, corpus="corpus.txt"}]')
+    assert found == {"study.toml", "edits.json", "corpus.txt", "cities.py"} | model
 
 
 def test_more_travels_when_asked_without_runs_and_environments_in_it(here: Path) -> None:
@@ -75,11 +76,11 @@ def test_an_absolute_path_stays_where_it_is(here: Path, tmp_path: Path) -> None:
 
 def test_too_much_is_told_in_words(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parcel, "LIMIT", 20 * 2**20)
-    with (here / "corpus.txt").open("wb") as file:
+    with (here / "more.txt").open("wb") as file:
         file.truncate(12 * 2**20)
     with pytest.raises(ValueError, match=r"benchmarks \d+\.\d MiB.* is more than the 20.0 MiB that can travel"):
-        pack(here)
+        pack(here, more=("more.txt",))
     with (here / "model" / "model.safetensors").open("ab") as file:
         file.truncate(30 * 2**20)
     with pytest.raises(ValueError, match=r"model alone is more than .* name a model by its hub id"):
-        pack(here, "methods=[{name='ft_m', layers=[1]}]")
+        pack(here)
