@@ -29,6 +29,7 @@ from raysys.files import content_hash
 from raysys.manifest import manifest
 from raysys.progress import Progress, quiet
 from raysys.results import Results
+from raysys.saving import Saver
 from raysys.shards import splittable
 from raysys.spec import ComponentSpec, SpecError, StudySpec
 from raysys.tokens import Tokens
@@ -126,7 +127,7 @@ class _Run:
         self, spec: StudySpec, model: str, edits: dict[int, Selected], results: Results, progress: Progress
     ) -> None:
         self.spec, self.model, self.edits, self.results, self.progress = spec, model, edits, results, progress
-        self.done = results.done()
+        self.done, self.saver = results.done(), Saver(results)
         self.works: list[Work] = []
         self.scored = 0
         self.seen: set[str] = set()  # units submitted or found done
@@ -168,8 +169,8 @@ class _Run:
         self.streams.advance(self.spec.cluster.snapshots_in_flight - self.pool.snapshots)
 
     def end(self) -> None:
-        """End all actors. Safe to call twice, and when they were never started."""
-        for part in (getattr(self, "streams", None), getattr(self, "pool", None)):
+        """End all actors, and save what they have done. Safe to call twice, and when they were never started."""
+        for part in (getattr(self, "streams", None), getattr(self, "pool", None), self.saver):
             if part is not None:
                 part.close()
 
@@ -200,6 +201,7 @@ class _Run:
     def _tick(self) -> None:
         """What time brings: actors that hang, nodes that leave, snapshots that nobody asks for any more."""
         pool = self.pool
+        self.saver.check()
         for outcome in pool.tick():
             self._record(outcome)
         if lost := self.streams.watch(self._sign):
@@ -293,7 +295,7 @@ class _Run:
 
     def _record(self, outcome: Done | Failed) -> None:
         if isinstance(outcome, Done):
-            self.results.add(outcome.about, outcome.scores)
+            self.saver.add(outcome.about, outcome.scores)
             self.scored += 1
             return
         unit = outcome.unit

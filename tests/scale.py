@@ -28,6 +28,7 @@ from actors.machine import describe
 from actors.pool import EvaluatorPool, Limits
 from actors.waiting import Done, Unit
 from raysys.results import Results
+from raysys.saving import Saver
 from raysys.spec import StudySpec
 
 SNAPSHOTS = 20
@@ -102,6 +103,7 @@ def _measured(options: Any, folder: Path) -> Iterator[tuple[bool, str]]:
     dice = random.Random(0)
     spec = StudySpec.parse('[[methods]]\nname = "rome"\n[[benchmarks]]\nname = "mmlu"\n')
     results = Results.create(spec, folder / "run")
+    saver = Saver(results)
     table, total, done = ray.put(0), 0.0, 0
     waiting = list(range(SNAPSHOTS))
     started, cpu = time.monotonic(), time.process_time()
@@ -120,11 +122,12 @@ def _measured(options: Any, folder: Path) -> Iterator[tuple[bool, str]]:
         for ref in ready:
             for outcome in pool.take(ref):
                 assert isinstance(outcome, Done), outcome
-                results.add(outcome.about, outcome.scores)
+                saver.add(outcome.about, outcome.scores)
                 done += 1
         pool.tick()
         if not early and done >= options.units // 4:
             early, early_units = _memory(), done
+    saver.close()
     seconds, cpu = time.monotonic() - started, time.process_time() - cpu
     growth = (_memory() - early) / max(done - early_units, 1)
     ideal = total / options.evaluators
