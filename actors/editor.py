@@ -8,7 +8,7 @@ no edit is repeated, none is lost.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from raysys.files import Location, place, read_json, within, write_json
 from raysys.journal import Entry, Journal, Stream, last_edit, make_snapshot
 from raysys.model import Model
 from raysys.patch import Wearer, merge
-from raysys.snapshot import Snapshot
+from raysys.snapshot import Snapshot, digest
 from raysys.stores import Remote
 from raysys.types import EditRequest, Finishes, Patch, remembered
 
@@ -46,10 +46,12 @@ class Job:
 class Editor:
     """Edits one base model, stream after stream."""
 
-    def __init__(self, model: str, dtype: str, device: str, threads: int) -> None:
+    def __init__(
+        self, model: str | Model, dtype: str, device: str, threads: int, journals: Callable[..., Journal] = Journal
+    ) -> None:
         settle(threads)
-        self.threads = threads
-        self.model = Model.load(model, dtype, device)
+        self.threads, self.journals = threads, journals
+        self.model = Model.load(model, dtype, device) if isinstance(model, str) else model
         self.wearer = Wearer(self.model)
 
     def __repr__(self) -> str:
@@ -71,7 +73,7 @@ class Editor:
         dtype = str(self.model.dtype).removeprefix("torch.")
         self.stream = Stream(self.model.digest, dtype, self.method.identity(), job.requests, job.seed, self.threads)
         self.job, self.done = job, 0
-        self.journal = Journal(place(job.journal), self.stream)
+        self.journal = self.journals(place(job.journal), self.stream)
         if isinstance(self.method, Finishes):
             self.journal.keep_snapshots()
         self.recorded: Iterator[Entry] | None = self.journal.entries()
@@ -83,13 +85,15 @@ class Editor:
         """The method prepared; while something costly is made for it, the file `told` says what and how far it is."""
 
         def tell(what: str, done: int, total: int) -> None:
-            write_json(told, {"what": what, "done": done, "total": total})
+            if self.model.leads:
+                write_json(told, {"what": what, "done": done, "total": total})
 
         try:
             with artifacts.making(tell=tell):
                 return method.prepare(self.model, cache)
         finally:
-            told.unlink(missing_ok=True)
+            if self.model.leads:
+                told.unlink(missing_ok=True)
 
     def advance(self, edits: int) -> Snapshot:
         """The snapshot after `edits` requests of the stream: steps on record are taken from there, others are made.
@@ -132,6 +136,8 @@ class Editor:
         started = time.time()
         torch.manual_seed(self.stream.seed * 1_000_003 + self.done)
         edit, refused = steps.make(self.method, self.model, requests, self.memory)
+        if self.model.ranks > 1:
+            self.model.check((digest("", edit.patches), refused))
         if refused and self.job.on_refusal == "stop":
             reason = next(iter(refused.values()))
             raise ValueError(f'{self.job.cell}: {reason} (on_refusal = "skip" goes on without it)')

@@ -44,10 +44,10 @@ class Task:
 class Evaluator:
     """Scores blocks as snapshots of one base model."""
 
-    def __init__(self, name: str, model: str, dtype: str, device: str, threads: int, **engine: Any) -> None:
+    def __init__(self, name: str, model: str | Model, dtype: str, device: str, threads: int, **engine: Any) -> None:
         settle(threads)
         self.name, self.threads = name, threads
-        self.model = Model.load(model, dtype, device)
+        self.model = Model.load(model, dtype, device) if isinstance(model, str) else model
         self.engine = Engine(self.model, **engine)
         self.wearer = Wearer(self.model)
         self.wearing: str | None = None
@@ -63,15 +63,8 @@ class Evaluator:
 
     def score(self, task: Task) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """(unit, scores) as raysys/results.py stores them. Raises ValueError for a snapshot of another model."""
-        settle(self.threads)
         started = time.time()
-        if task.snapshot != self.wearing:
-            self.put_on(ray.get(task.values[0]))
-        if task.depth:
-            self.engine.passes.expect(task.depth)
-        switched = time.time()
-        block = self._block(task)
-        answers = self.engine.answer(block)
+        block, answers, switched = self.answers(task)
         scores = self._score(task, block, answers)
         ended = time.time()
         unit = {
@@ -89,6 +82,19 @@ class Evaluator:
             "hardware": hardware(self.model.device),
         }
         return unit, scores
+
+    def answers(self, task: Task) -> tuple[Block, list[Answer], float]:
+        """The task's block, its answers, and when the snapshot was on."""
+        settle(self.threads)
+        if task.snapshot != self.wearing:
+            self.put_on(ray.get(task.values[0]))
+        if task.depth:
+            self.engine.passes.expect(task.depth)
+        switched = time.time()
+        block = self._block(task)
+        answers = self.engine.answer(block)
+        self.model.check(answers)
+        return block, answers, switched
 
     def put_on(self, snapshot: Snapshot) -> None:
         """Wear `snapshot` in place of what is worn now."""

@@ -36,12 +36,15 @@ def hardware(device: torch.device) -> str:
     return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
-def as_actor(cls: type, name: str, threads: int, gpus: float) -> Any:
-    """`cls` as a Ray actor class with its share of a node; Ray never restarts it and never repeats a call."""
+def as_actor(cls: type, name: str, threads: int, gpus: float, **more: Any) -> Any:
+    """`cls` as a Ray actor class with its share of a node; Ray never restarts it and never repeats a call.
+
+    `more`: further options of Ray's.
+    """
     share: Any = {"num_cpus": threads, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
     told = {name: os.environ[name] for name in PUBLIC if name in os.environ}  # where storage is; never a secret
     env = {"env_vars": {"OMP_NUM_THREADS": str(threads)} | told}
-    return ray.remote(cls).options(name=name, runtime_env=env, **share)
+    return ray.remote(cls).options(name=name, runtime_env=env, **share, **more)
 
 
 def end(actor: Any) -> None:

@@ -208,6 +208,7 @@ class Streams:
         what = "node lost" if innocent else "editor lost"
         self.note(what, editor=desk.name, cell=cell.job.cell, reason=reason)
         cell.deaths, cell.moves = cell.deaths + (not innocent), cell.moves + innocent
+        end(desk.actor)  # what is left of it: other ranks, and their place
         desk.life += 1
         desk.actor, desk.since = self._start(desk.name), time.monotonic()
         desk.about = desk.actor.describe.remote()

@@ -47,6 +47,7 @@ class Model:
     """
 
     ranks = 1  # processes that hold a part of the weights each (raysys/shards.py)
+    leads = True  # whether this is the first of them
 
     def __init__(self, net: nn.Module, tokenizer: Any, name: str = "") -> None:
         self.net: Any = net.eval().requires_grad_(False)
@@ -162,6 +163,9 @@ class Model:
     def agreed(self, number: int) -> int:
         """The least of the `number`s that all who hold a part of the model bring: for what each measures by itself."""
         return number
+
+    def check(self, found: Any) -> None:
+        """Raises OutOfStep when another who holds a part of the model has found something else, by its `repr`."""
 
     def transposed(self, name: str) -> bool:
         """Whether the parameter is stored as (d_in, d_out), as GPT-2's own linear layer does."""

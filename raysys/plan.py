@@ -9,6 +9,7 @@ from typing import Any
 from raysys import names
 from raysys.blocks import Block, by_prefix, pack
 from raysys.results import Results
+from raysys.shards import splittable
 from raysys.spec import ComponentSpec, StudySpec
 from raysys.tokens import Tokens
 
@@ -75,6 +76,7 @@ def plan(spec: StudySpec, note: Callable[[str], None] = lambda text: None) -> Pl
         tokens = Tokens.load(model)
         if spec.scoring.chat is not None:
             spec.scoring.chat.check(tokens.tokenizer, model)
+        splittable(model, spec.cluster.tensor_parallel, spec.methods)
         for benchmark in spec.benchmarks:
             note(f"tokenising {benchmark.title} for {model}")
             parts.append(_part(spec, model, tokens, benchmark, selected))
@@ -96,7 +98,7 @@ def plan(spec: StudySpec, note: Callable[[str], None] = lambda text: None) -> Pl
         tokens=sum(p.tokens_in_all for p in parts),
         editors=c.editors,
         evaluators=c.most,
-        cpus=copies * c.threads,
+        cpus=copies * c.threads * c.tensor_parallel,
         gpus=c.editors * c.gpus_per_editor + c.most * c.gpus_per_evaluator,
         memory_bytes=copies * max(w.bytes for w in weights),
     )

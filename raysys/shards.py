@@ -22,7 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from raysys import names
 from raysys.arch import arch
+from raysys.loading import load_tokenizer
 from raysys.model import Model, Place
 
 
@@ -66,7 +68,8 @@ class Ranks:
     def check(self, found: bytes, device: torch.device) -> None:
         """Raises OutOfStep unless all ranks have found the same bytes."""
         number = int.from_bytes(hashlib.sha256(found).digest()[:7], "big")
-        if self.least(number, device) != number or -self.least(-number, device) != number:
+        low, high = self.least(number, device), -self.least(-number, device)
+        if low != high:
             raise OutOfStep(f"rank {self.rank} of {self.size} has found something else than another rank")
 
 
@@ -206,7 +209,7 @@ class Sharded(Model):
         vars(self).update({k: v for k, v in vars(whole).items() if k != "_blocks"})
         self.net = net.eval().requires_grad_(False)
         self.split = ranks
-        self.ranks = ranks.size
+        self.ranks, self.leads = ranks.size, ranks.rank == 0
 
     def place(self, name: str) -> Place | None:
         module, _, leaf = name.rpartition(".")
@@ -239,6 +242,19 @@ class Sharded(Model):
 
     def agreed(self, number: int) -> int:
         return self.split.least(int(number), self.device)
+
+    def check(self, found: Any) -> None:
+        self.split.check(repr(found).encode(), self.device)
+
+
+def splittable(name: str, ranks: int, methods: Sequence[Any]) -> None:
+    """Raises ValueError with every reason why model `name`, edited by `methods` of a study, can't be so split."""
+    if ranks == 1:
+        return
+    config, _ = load_tokenizer(name)
+    if faults := why_not(config, ranks, {m.title: names.method(m.name) for m in methods}):
+        way_out = "set cluster.tensor_parallel = 1, or leave that out"
+        raise ValueError(f"model {name!r} over {ranks} processes: {'; '.join(faults)}; {way_out}")
 
 
 def why_not(config: Any, ranks: int, methods: Mapping[str, type]) -> list[str]:

@@ -83,12 +83,15 @@ class Between(_Part):
 
 
 class ClusterSpec(_Part):
-    """Who does the work. Only `threads` (of CPUs), and whether GPUs do it, are part of the study's identity."""
+    """Who does the work. `threads` (of CPUs), `tensor_parallel`, and whether GPUs do it, are part of a study's
+    identity; the rest is not."""
 
     evaluators: Annotated[int, Field(ge=1)] | Between = 2  # a number, or {min = 0, max = 8}: as many as are needed
     editors: int = Field(default=1, ge=1)  # cells edited at the same time
     gpus_per_evaluator: float = Field(default=0.0, ge=0)
     gpus_per_editor: float = Field(default=0.0, ge=0)
+    tensor_parallel: int = Field(default=1, ge=1)  # processes that every copy of the model is split over
+    across_nodes: bool = False  # those of one copy may lie on several nodes
     threads: int = Field(default=1, ge=1)  # torch threads of every actor on CPU
     retries: int = Field(default=3, ge=0)  # of a unit, before it is reported as failed; lost nodes don't count
     idle: float = Field(default=60.0, ge=0)  # seconds after which an evaluator beyond the least number is let go
@@ -99,6 +102,16 @@ class ClusterSpec(_Part):
     wait: float = Field(default=300.0, gt=0)  # seconds to wait for missing resources before giving up
     trunk_memory: float = Field(default=2.0, ge=0)  # GiB an evaluator may keep of what edits don't change; 0: nothing
     drafts: bool = True  # verify earlier answers instead of generating them again (float32 alone): the same text
+
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> ClusterSpec:
+        for name in ("gpus_per_evaluator", "gpus_per_editor"):
+            if self.tensor_parallel > 1 and getattr(self, name) % self.tensor_parallel:
+                raise ValueError(
+                    f"{name}: a model that is split over {self.tensor_parallel} processes needs one GPU for each "
+                    f"(give a multiple of {self.tensor_parallel}), or none"
+                )
+        return self
 
     @property
     def fewest(self) -> int:
@@ -264,7 +277,9 @@ class StudySpec(_Part):
         """What decides the numbers: everything but where results lie and who does the work."""
         tree: dict[str, Any] = self.model_dump(mode="json", exclude={"root", "cluster"})
         gpus = [self.cluster.gpus_per_editor > 0, self.cluster.gpus_per_evaluator > 0]
-        return tree | {"threads": self.cluster.threads, "gpus": gpus}
+        ranks = self.cluster.tensor_parallel
+        split = {"tensor_parallel": ranks} if ranks > 1 else {}  # sums are taken in another order
+        return tree | {"threads": self.cluster.threads, "gpus": gpus} | split
 
     @property
     def hash(self) -> str:
