@@ -31,6 +31,7 @@ SCHEMES = ("s3", "gs")
 WAIT = "RAYSYS_STORAGE_WAIT"  # environment variable: seconds that a storage server may be away
 PUBLIC = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", WAIT)  # no secrets
 LONGEST = 5.0  # seconds between two tries
+TRIES = 50  # to read an object that is being replaced all the time
 REFUSED = re.compile(
     r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE|INVALID_CLIENT_TOKEN|UNRECOGNIZED_CLIENT|MISSING_AUTHENTICATION"
     r"|EXPIRED_TOKEN|HTTP status 40[13]\b"
@@ -162,11 +163,24 @@ class Remote:
     # --- contents ----------------------------------------------------------------------------------------------------
 
     def read_bytes(self, first: int | None = None) -> bytes:
-        """All of it, or the `first` bytes. Raises FileNotFoundError, StorageError."""
+        """All of it, or the `first` bytes. Raises FileNotFoundError, StorageError.
+
+        A client asks for the size first and then for that many bytes: an object that was replaced in between would be
+        cut short, so it is asked for again until it was the same one before and after.
+        """
 
         def read() -> bytes:
-            with self._files.open_input_file(self.key) as file:
-                return bytes(file.read(first))
+            for _ in range(TRIES):
+                with self._files.open_input_stream(self.key) as stream:
+                    before = stream.metadata()
+                    size = int(before.get("Content-Length", -1))
+                    data = bytes(stream.read(size if first is None else min(first, size))) if size >= 0 else b""
+                    if size < 0:
+                        data = bytes(stream.read())[:first]
+                with self._files.open_input_stream(self.key) as stream:
+                    if stream.metadata() == before:
+                        return data
+            raise OSError(f"{self} was replaced {TRIES} times while it was read")
 
         return self._ask("read", read)
 
