@@ -22,7 +22,7 @@ from cluster.parcel import HUB_TOKEN, Parcel
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 POLL = 1.0  # seconds between looks at a job
 RECONNECT = 5  # times in a row that following a job tries again
-STOPPING = 60.0  # seconds that a job may take to stop
+STOPPING = 120.0  # seconds that a job may take to stop
 ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
 
 

@@ -169,7 +169,7 @@ def _follow(connected: Jobs, name: str, secret: str = "", until_begun: bool = Fa
             typer.echo(text, nl=False)
             if until_begun and PASSED in text:
                 return
-        job = connected.wait(name, 30)
+        job = connected.wait(name, 120)
     except KeyboardInterrupt:
         shared.complain(f"interrupted here; the job goes on. Follow: raysys logs {name}; end: raysys stop {name}")
         raise typer.Exit(130) from None

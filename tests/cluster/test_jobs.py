@@ -131,12 +131,12 @@ def test_a_study_submitted_stopped_and_submitted_again_finds_what_a_local_run_fi
     assert "preflight: CPUs: the study asks for 4, the cluster has 4" in said
     assert "1 of 1 machines reach" in said
     [job] = [word for word in said.split() if word.startswith(access.JOB)][:1]
-    [folder] = place.root.glob("small-*")
-    deadline = time.monotonic() + 120
-    while not Results(folder).done():
+    deadline = time.monotonic() + 240
+    while not (begun := [f for f in place.root.glob("small-*") if Results(f).done()]):
         assert time.monotonic() < deadline, place.raysys("logs", job, "--no-follow")
         time.sleep(0.1)
     hold.touch()
+    [folder] = begun
     assert "runs already as" in place.submit(root, "--detach", code=2)
     about = json.loads(place.raysys("status", job, "--json"))
     assert (about["state"], about["folder"], about["code"]) == ("RUNNING", str(folder), None)
