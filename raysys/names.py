@@ -99,14 +99,6 @@ def build(cls: Any, settings: Mapping[str, Any], where: str) -> Any:
     return built
 
 
-def lies_in(name: str, folder: Path) -> bool:
-    """Whether the plug-in that a dotted path names would be imported from `folder`."""
-    top = name.partition(":")[0].partition(".")[0]
-    spec = importlib.util.find_spec(top) if ":" in name and top else None
-    places = [spec.origin, *(spec.submodule_search_locations or ())] if spec else []
-    return any(p and Path(p).resolve().is_relative_to(folder.resolve()) for p in places)
-
-
 def _place(loc: tuple[int | str, ...]) -> str:
     """Which setting is meant; a message of the class itself (`limit = 0: ...`) names it already."""
     return f"setting {'.'.join(map(str, loc))!r}: " if loc else ""
@@ -126,6 +118,7 @@ def _find(what: str, table: Mapping[str, str], name: str) -> Any:
             f"(Your own: give its dotted path, 'package.module:Class'.)"
         )
     module, _, attribute = path.partition(":")
+    _not_of_a_run(module, what, name)
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
@@ -134,3 +127,15 @@ def _find(what: str, table: Mapping[str, str], name: str) -> Any:
         raise ValueError(f"{what} {name!r}: no module {module!r}; is its folder on PYTHONPATH?") from error
     except AttributeError as error:
         raise ValueError(f"{what} {name!r}: module {module!r} has no {attribute!r}") from error
+
+
+def _not_of_a_run(module: str, what: str, name: str) -> None:
+    """Raises ValueError for code that lies in a run folder: whoever reads a stranger's run must not run it."""
+    try:
+        top = importlib.util.find_spec(module.partition(".")[0])
+    except ValueError:  # a module without a file, such as a notebook's own
+        return
+    for place in filter(None, [top.origin, *(top.submodule_search_locations or ())] if top else ()):
+        runs = [p for p in Path(place).resolve().parents if (p / "spec.json").is_file()]
+        if runs:
+            raise ValueError(f"{what} {name!r}: its code lies in a run folder, {runs[0]}; move it elsewhere to use it")

@@ -47,8 +47,7 @@ class Report:
         page = path or within(self.results.folder, "report.html")
         spec = self.results.spec
         toml = words.toml(spec.model_dump(mode="json"))
-        guessed = chances(spec, self.results.folder)
-        text = report_html.page(spec.name, self.summary, self.account, guessed, toml, self.results.manifest)
+        text = report_html.page(spec.name, self.summary, self.account, chances(spec), toml, self.results.manifest)
         write_bytes(page, text.encode())
         self.results.mark()
         return page
@@ -64,12 +63,10 @@ def write_html(results: Results, path: Path | None = None, delta: float = stats.
     return Report.of(results, delta).write(path)
 
 
-def chances(spec: StudySpec, folder: Location | None = None) -> dict[Metric, float]:
-    """What guessing would score, as far as the benchmarks say; code that lies in the run `folder` itself isn't run."""
+def chances(spec: StudySpec) -> dict[Metric, float]:
+    """What guessing would score, as far as the benchmarks say."""
     found: dict[Metric, float] = {}
     for part in spec.benchmarks:
-        if isinstance(folder, Path) and names.lies_in(part.name, folder):
-            continue
         try:
             benchmark = names.build(names.benchmark(part.name), part.settings, part.title)
         except ValueError:  # of a plug-in that is not installed here: the report does without
