@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from raysys.results import Results
+from raysys.stores import StorageError
 
 AT_ONCE = 8  # units that are written at the same time
 AHEAD = 256  # units that may wait to be written; what a killed driver loses at most, and scores again
@@ -29,7 +30,7 @@ class Saver:
     def check(self) -> None:
         """Raises what writing raised, as soon as that is known."""
         while self._open and self._open[0].done():
-            self._open.popleft().result()
+            self._take()
 
     def close(self) -> None:
         """Return when everything queued is durable. Raises what writing raised, after all that could be written is."""
@@ -39,4 +40,13 @@ class Saver:
     def _settle(self, left: int) -> None:
         self.check()
         while len(self._open) > left:
+            self._take()
+
+    def _take(self) -> None:
+        """What the oldest raised; storage that is full or away for it is so for all, and each would wait in turn."""
+        try:
             self._open.popleft().result()
+        except StorageError:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+            self._open.clear()
+            raise
