@@ -17,6 +17,7 @@ import torch
 
 from raysys.journal import load_all
 from raysys.patch import merge
+from raysys.plan import plan
 from raysys.results import Results
 from raysys.spec import SpecError, StudySpec
 from raysys.study import needs, run
@@ -102,8 +103,8 @@ def test_ranks_that_are_killed_change_no_result(split: Results, place: Path) -> 
     over = threading.Event()
 
     def kill() -> None:
-        """A rank of the editor and one of the evaluator in the middle of a call, and the editor's first rank."""
-        left = ["rank: advance", "rank: answers", "memit-0: to 6 edits"]
+        """Another rank of the evaluator in the middle of a call, and the first one of the editor."""
+        left = ["rank: answers", "memit-0: to 6 edits"]
         while left and not over.is_set():
             below = processes.below(os.getpid())
             for pid, name in below.items():
@@ -120,9 +121,9 @@ def test_ranks_that_are_killed_change_no_result(split: Results, place: Path) -> 
     finally:
         over.set()
         thread.join()
-    assert len(killed) == 3
+    assert len(killed) == 2
     lost = [e["what"] for e in results.events()]
-    assert lost.count("editor lost") == 2 and lost.count("evaluator lost") == 1
+    assert lost.count("editor lost") == 1 and lost.count("evaluator lost") == 1
     assert not results.failures()
     assert [row[:9] for row in small.contents(results)] == [row[:9] for row in small.contents(split)]
 
@@ -149,6 +150,8 @@ def test_a_study_says_when_a_model_or_a_method_can_not_be_split(place: Path, tmp
     small.folder(tmp_path, "gpt2")
     with pytest.raises(ValueError, match="keeps query, key and value in one matrix"):
         run(study(tmp_path, "gpt2", 2))
+    with pytest.raises(ValueError, match="keeps query, key and value in one matrix"):
+        plan(study(tmp_path, "gpt2", 2))
     grace = [{"name": "grace", "layer": 1}]
     with pytest.raises(ValueError, match=r"over 2 processes: method grace does not work.*tensor_parallel = 1"):
         run(study(place, "grace", 2, methods=grace))
