@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import ray
 import torch
+from ray.exceptions import ActorDiedError
 
+from actors import group
 from raysys.journal import load_all
 from raysys.patch import merge
 from raysys.plan import plan
@@ -134,7 +136,7 @@ def test_ended_groups_give_their_place_back(split: Results) -> None:
         time.sleep(0.2)
     assert ray.available_resources().get("CPU") == 8  # type: ignore[no-untyped-call]
     groups = ray.util.placement_group_table().values()
-    assert groups and all(group["state"] == "REMOVED" for group in groups)
+    assert groups and all(one["state"] == "REMOVED" for one in groups)
 
 
 def test_every_process_counts_in_what_a_study_needs(place: Path) -> None:
@@ -162,3 +164,36 @@ def test_a_study_says_when_a_model_or_a_method_can_not_be_split(place: Path, tmp
 def test_how_a_model_is_split_is_part_of_what_a_study_is(place: Path) -> None:
     assert study(place, "x", 1).hash != study(place, "x", 2).hash
     assert "tensor_parallel" not in study(place, "x", 1).identity
+
+
+class Lead:
+    """A first rank whose own part hangs, as NCCL does when another rank is lost."""
+
+    def go(self, peer: Any, how: str) -> str:
+        group.PATIENCE = 1.0
+        with group._together([peer.do.remote(how)]):
+            time.sleep(0.2 if how == "well" else 200)
+        return "done"
+
+
+class Peer:
+    """Another rank: it does well, raises, or dies."""
+
+    def do(self, how: str) -> None:
+        if how == "raise":
+            raise MemoryError("this rank alone")
+        if how == "die":
+            os._exit(1)
+
+
+@pytest.mark.parametrize("how", ["well", "raise", "die"])
+def test_a_first_rank_that_waits_for_a_lost_one_ends_itself(cluster: None, how: str) -> None:
+    lead, peer = (ray.remote(cls).options(num_cpus=1).remote() for cls in (Lead, Peer))
+    call = lead.go.remote(peer, how)
+    if how == "well":
+        assert ray.get(call, timeout=60) == "done"
+    else:
+        with pytest.raises(ActorDiedError):
+            ray.get(call, timeout=150)
+    for actor in (lead, peer):
+        ray.kill(actor)
