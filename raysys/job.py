@@ -16,7 +16,6 @@ PASSED = "preflight: passed"  # the line after which a study starts; `raysys sub
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Check, run, and end the process with an exit code."""
-    signal.signal(signal.SIGTERM, _interrupted)  # `raysys stop`: the study ends as after Ctrl-C
     study, *changes = sys.argv[1:] if arguments is None else arguments
     from actors.cluster import cluster
     from raysys import cli
@@ -24,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     try:
         with cluster(None, 1):  # the one that this job is in
+            signal.signal(signal.SIGTERM, _interrupted)  # `raysys stop`: as Ctrl-C. Ray sets its own when it connects
             faults = _faults(study, changes)
             if not faults:
                 _say(PASSED.removeprefix("preflight: "))
