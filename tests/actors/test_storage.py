@@ -19,11 +19,12 @@ import ray
 
 from raysys import words
 from raysys.cli import main
+from raysys.files import write_bytes
 from raysys.results import Results
 from raysys.snapshot import digest
 from raysys.spec import StudySpec
 from raysys.stores import StorageError
-from raysys.study import run
+from raysys.study import cell_name, run
 from tests import store
 from tests.actors import small
 
@@ -141,25 +142,28 @@ def command(place: Path, root: str | Path) -> Any:
     return end.value.code or 0
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 3 MiB in memory."""
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "raysys-test", str(tmp_path)], capture_output=True, text=True
-    )
+def mount(folder: Path, size: str) -> None:
+    """A file system of its own in memory. Skips the test where none can be mounted."""
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "raysys-test", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"a tmpfs can't be mounted here: {mounted.stderr.strip()}")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MiB."""
+    mount(tmp_path, "3m")
     yield tmp_path
     subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
-@pytest.mark.parametrize("room", [28, 48])  # KiB
 def test_a_full_disk_stops_the_study_with_one_message_and_room_lets_it_go_on(
-    room: int, undisturbed: Results, place: Path, disk: Path, capsys: pytest.CaptureFixture[str]
+    undisturbed: Results, place: Path, disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec = study(place, disk / "runs")
     with (disk / "ballast").open("wb") as file:
-        file.write(b"\0" * (3 * 2**20 - room * 2**10))
+        file.write(b"\0" * (3 * 2**20 - 36 * 2**10))
     assert command(place, disk / "runs") == 3
     told = " ".join(capsys.readouterr().err.split())
     assert told.count("error:") == 1
@@ -179,9 +183,24 @@ def test_a_full_disk_stops_the_study_with_one_message_and_room_lets_it_go_on(
     assert [p for p in spec.folder.rglob(".*") if p.name != ".lock"] == []  # nothing half-written is left
 
 
-def test_an_editor_whose_disk_is_full_says_so_in_the_study_s_words(disk: Path) -> None:
-    from raysys.files import write_bytes
+def test_an_editor_that_can_t_keep_its_edits_ends_the_study_in_the_same_words(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = study(place, tmp_path)
+    journal = spec.folder / "cells" / cell_name(spec.models[0], spec.methods[0], 0) / "journal"
+    journal.mkdir(parents=True)
+    mount(journal, "4k")
+    try:
+        assert command(place, tmp_path) == 3
+    finally:
+        subprocess.run(["umount", "-l", str(journal)], check=True)
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count("error:") == 1
+    assert "journal/000001.safetensors: no space left" in told
+    assert Results.open(spec.folder).failures() == []  # the stream isn't given up: it goes on next time
 
+
+def test_what_a_full_disk_did_not_take_leaves_nothing_behind(disk: Path) -> None:
     (disk / "ballast").write_bytes(b"\0" * (3 * 2**20 - 2**15))
     with pytest.raises(StorageError, match=r"000001.safetensors: no space left .* MiB free"):
         write_bytes(disk / "000001.safetensors", b"x" * 2**16)
