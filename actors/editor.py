@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from actors import metrics
 from actors.machine import as_actor, describe, settle
 from methods.parts import artifacts
 from raysys import names, steps
@@ -128,7 +129,9 @@ class Editor:
 
     def publish(self, edits: int) -> tuple[int, Snapshot]:
         """`advance`, as two returned values: the driver fetches the number, evaluators the snapshot."""
-        return edits, self.advance(edits)
+        snapshot = self.advance(edits)
+        metrics.made(self._tags(), snapshot)
+        return edits, snapshot
 
     def _step(self, last: int) -> Entry:
         self.wearer.wear(self.patches)
@@ -141,9 +144,14 @@ class Editor:
         if refused and self.job.on_refusal == "stop":
             reason = next(iter(refused.values()))
             raise ValueError(f'{self.job.cell}: {reason} (on_refusal = "skip" goes on without it)')
-        return Entry(
-            self.done, last, edit.patches, edit.memory or {}, requests, started, time.time(), refused, edit.log
-        )
+        ended = time.time()
+        if self.model.leads:
+            metrics.edited(self._tags(), len(requests), len(refused), ended - started)
+            metrics.memory(self.model.name, "editor", self.model.device)
+        return Entry(self.done, last, edit.patches, edit.memory or {}, requests, started, ended, refused, edit.log)
+
+    def _tags(self) -> dict[str, str]:
+        return {"model": metrics.short(self.model.name), "method": self.job.method, "cell": self.job.cell}
 
     def describe(self) -> dict[str, Any]:
         """The machine this runs on and the digest of the base model."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 
+from actors import metrics
 from actors.machine import as_actor, describe, hardware, settle
 from raysys import names
 from raysys.blocks import Block
@@ -67,6 +68,7 @@ class Evaluator:
         block, answers, switched = self.answers(task)
         scores = self._score(task, block, answers)
         ended = time.time()
+        metrics.memory(self.model.name, self.name, self.model.device)
         unit = {
             "unit": task.unit,
             "snapshot": task.snapshot,

@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 
-from actors import editor, evaluator, group
+from actors import editor, evaluator, group, metrics
 from actors.cluster import NoResources, cluster, wait_for
 from actors.editor import Job
 from actors.feed import Source, Work, feed
@@ -128,6 +128,7 @@ class _Run:
     ) -> None:
         self.spec, self.model, self.edits, self.results, self.progress = spec, model, edits, results, progress
         self.done, self.saver = results.done(), Saver(results)
+        self.metrics = metrics.Watch(spec.name, model, results.note)
         self.works: list[Work] = []
         self.scored = 0
         self.seen: set[str] = set()  # units submitted or found done
@@ -142,13 +143,13 @@ class _Run:
         makers = group.makers(c.tensor_parallel, c.across_nodes) or (editor.start, evaluator.start)
         start = partial(makers[0], model=about[0], dtype=about[1], device=about[2], threads=about[3],
                         gpus=c.gpus_per_editor)  # fmt: skip
-        self.streams = Streams(start, c.editors, self.cells, self.results.note, c.stall)
+        self.streams = Streams(start, c.editors, self.cells, self.metrics.note, c.stall)
         about = (self.model, spec.dtype, _device(spec, c.gpus_per_evaluator), c.threads)
         begin = partial(makers[1], model=about[0], dtype=about[1], device=about[2], threads=about[3],
                         gpus=c.gpus_per_evaluator, trunk_memory=c.trunk_memory, drafts=c.drafts,
                         softmax=spec.scoring.softmax)  # fmt: skip
         self.limits = Limits(fewest=c.fewest, most=c.most, retries=c.retries, idle=c.idle, stall=c.stall)
-        self.pool = EvaluatorPool(begin, self.limits, self.results.note)
+        self.pool = EvaluatorPool(begin, self.limits, self.metrics.note)
         self._feed()
         self.progress.start({cell.job.cell: spec.snapshots[-1] for cell in self.cells}, self.expected())
 
@@ -204,6 +205,7 @@ class _Run:
         self.saver.check()
         for outcome in pool.tick():
             self._record(outcome)
+        self.metrics.look(pool)
         if lost := self.streams.watch(self._sign):
             self._lost(lost)
         for cell in self.cells:
@@ -236,7 +238,6 @@ class _Run:
         self._same_as_before(cell)
         number = self.cells.index(cell) + len(self.cells) * self.spec.models.index(self.model)
         stream = {f.name: getattr(cell.stream, f.name) for f in fields(cell.stream) if f.name != "requests"}
-        selected = self.edits[cell.order]
         about = {
             "number": number,
             "model": self.model,
@@ -245,7 +246,7 @@ class _Run:
             "settings": dict(cell.stream.method),
             "stream": stream | {"method": dict(cell.stream.method)},
             "requests": [asdict(r) for r in cell.stream.requests],
-            "dropped": [list(d) for d in selected.dropped],
+            "dropped": [list(d) for d in self.edits[cell.order].dropped],
             "snapshots": {n: cell.stream.key(n) for n in self.spec.snapshots},
             "blocks": [w.id for w in self._works(cell.order)],
         }
@@ -270,8 +271,7 @@ class _Run:
         """What is not scored yet of a snapshot. The base is scored once for all cells."""
         assert cell.stream is not None
         parts = {b.title: b for b in self.spec.benchmarks}
-        key = cell.stream.key(edits)
-        units = []
+        key, units = cell.stream.key(edits), list[Unit]()
         for work in self._works(cell.order):
             name = content_hash([key, work.id])[:32]
             if not work.due(edits) or name in self.seen:
@@ -294,15 +294,15 @@ class _Run:
         return min(layers, default=0)
 
     def _record(self, outcome: Done | Failed) -> None:
+        self.metrics.took(outcome)
         if isinstance(outcome, Done):
             self.saver.add(outcome.about, outcome.scores)
             self.scored += 1
             return
-        unit = outcome.unit
-        what = f"{unit.work.benchmark} after {unit.edits} edits"
-        self.progress.warn(f"{what} failed {outcome.tries} times: {outcome.reason}")
-        about = {"cell": unit.cell, "edits": unit.edits, "benchmark": unit.work.benchmark, "tries": outcome.tries}
-        self.results.fail(unit.id, about | {"reason": outcome.reason})
+        unit, tries, why = outcome.unit, outcome.tries, outcome.reason
+        self.progress.warn(f"{unit.work.benchmark} after {unit.edits} edits failed {tries} times: {why}")
+        about = {"cell": unit.cell, "edits": unit.edits, "benchmark": unit.work.benchmark, "tries": tries}
+        self.results.fail(unit.id, about | {"reason": why})
 
     # --- bookkeeping -------------------------------------------------------------------------------------------------
 
