@@ -4,7 +4,7 @@ STUDY ?= benchmarks/world/demo.toml
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean browser
+.PHONY: help demo test lint format bench clean browser prometheus
 
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -12,7 +12,7 @@ help: ## what there is
 demo: .venv/.run ## install into .venv, edit the built-in model a hundred times, score it, report
 	@$(BIN)/raysys run $(STUDY)
 
-test: .venv/.dev browser lint ## install with what the tests need, check style, types and imports, run the tests
+test: .venv/.dev browser prometheus lint ## install with what the tests need, check style, types and imports, run the tests
 	@$(BIN)/python -m pytest
 
 lint: .venv/.dev ## style, types, import directions
@@ -68,4 +68,16 @@ browser: | .venv/bin/python
 	    >.venv/chromium.log 2>&1 || echo "Chromium could not be installed (.venv/chromium.log): its tests are skipped"; \
 	else \
 	  echo "no Chromium with its chromedriver on PATH: the tests of the report's page are skipped"; \
+	fi
+
+# Metrics are tested with a real Prometheus: Debian's package, unpacked into .venv, so that no service is installed.
+prometheus: | .venv/bin/python
+	@if { command -v prometheus && command -v promtool; } >/dev/null || [ -x .venv/prometheus/usr/bin/promtool ]; then exit 0; fi; \
+	if command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null; then \
+	  echo "unpacking Prometheus for the tests of the metrics"; mkdir -p .venv/prometheus; \
+	  { { [ "$$(id -u)" != 0 ] || apt-get update -qq; } && cd .venv/prometheus && apt-get download -qq prometheus && \
+	    dpkg-deb -x prometheus_*.deb .; } >.venv/prometheus.log 2>&1 \
+	    || echo "Prometheus could not be fetched (.venv/prometheus.log): its tests are skipped"; \
+	else \
+	  echo "no Prometheus with its promtool on PATH: the tests of the metrics are skipped"; \
 	fi

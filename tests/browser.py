@@ -46,11 +46,15 @@ class Page:
 
     def open(self, path: Path, width: int, dark: bool = False, height: int = 900) -> None:
         """Show a file at `width` CSS pixels, phones included."""
+        self.visit(path.resolve().as_uri(), width, dark, height)
+
+    def visit(self, url: str, width: int, dark: bool = False, height: int = 900) -> None:
+        """Show what is at `url`, likewise."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.cdp("Emulation.setDeviceMetricsOverride", metrics)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.cdp("Emulation.setEmulatedMedia", {"features": [scheme]})
-        self._call("POST", "/url", {"url": path.resolve().as_uri()})
+        self._call("POST", "/url", {"url": url})
 
     def run(self, script: str) -> Any:
         """What the body of a JavaScript function returns."""
