@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 
@@ -31,6 +32,15 @@ def below(root: int) -> dict[int, str]:
     return found
 
 
+TITLES = {  # a process is called by its actor while it is idle, and by what it does while it is at work
+    "Evaluator": r"Evaluator|.+ after \d+ edits",
+    "Editor": r"Editor|open .+|.+: to \d+ edits",
+    "Rank": r"Rank|rank: .+",
+    "First": r"First",
+}
+
+
 def actors(root: int, kind: str) -> list[int]:
     """Pids of the Ray actors of class `kind` that live below process `root`, oldest first."""
-    return sorted(pid for pid, name in below(root).items() if name.startswith(f"ray::{kind}"))
+    title = re.compile(f"ray::({TITLES.get(kind, kind)})")
+    return sorted(pid for pid, name in below(root).items() if title.match(name))
