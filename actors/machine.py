@@ -54,3 +54,12 @@ def end(actor: Any) -> None:
     several = getattr(type(actor), "end", None)
     with suppress(ValueError, RayActorError):
         several(actor) if several else ray.kill(actor)
+
+
+def reason_of(error: Exception) -> str:
+    """One line a person can use, of Ray's many."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, Exception):
+        return f"{type(cause).__name__}: {cause}" if not isinstance(cause, ValueError) else str(cause)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if line.startswith(("ValueError", "RuntimeError", "OSError"))), lines[0])

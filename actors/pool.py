@@ -26,7 +26,7 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError, OwnerDiedErro
 
 from actors.cluster import alive, draining
 from actors.evaluator import Task
-from actors.machine import end
+from actors.machine import end, reason_of
 from actors.waiting import Done, Failed, Memory, Unit, Waiting
 
 IN_FLIGHT = 2  # units an evaluator has: one it runs, one that waits, so that it is never idle
@@ -207,7 +207,7 @@ class EvaluatorPool:
 
     def _replace(self, place: _Place, error: Exception, innocent: bool = False) -> None:
         """A new evaluator in place of a lost one; `innocent`: it went with its node, which is no failed start."""
-        self.note("node lost" if innocent else "evaluator lost", evaluator=place.name, reason=_reason(error))
+        self.note("node lost" if innocent else "evaluator lost", evaluator=place.name, reason=reason_of(error))
         end(place.actor)
         self._waiting.forget(place.memory)
         if innocent or place.leaving:  # a node less: the next tick starts as many as are needed then
@@ -220,7 +220,7 @@ class EvaluatorPool:
         self.places.remove(place)
         self._spoilt += 1
         if not self.places:
-            raise PoolError(f"no evaluator can be started: {_reason(error)}")
+            raise PoolError(f"no evaluator can be started: {reason_of(error)}")
 
     def _pinged(self, ref: Any) -> None:
         place = self._pings.pop(ref)
@@ -361,7 +361,7 @@ class EvaluatorPool:
         """Back to the queue with one try less (`innocent`: with one move less), or given up."""
         counts, most = (self.moves, MOVES) if innocent else (self.tries, self.limits.retries)
         tries = counts[unit.id] = counts.get(unit.id, 0) + 1
-        reason = _reason(error)
+        reason = reason_of(error)
         if tries > most:
             self._close(unit)
             return [Failed(unit, tries, reason)]
@@ -378,12 +378,3 @@ class EvaluatorPool:
         self._open[unit.snapshot] -= 1
         if not self._open[unit.snapshot]:
             del self._open[unit.snapshot]
-
-
-def _reason(error: Exception) -> str:
-    """One line a person can use, of Ray's many."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, Exception):
-        return f"{type(cause).__name__}: {cause}" if not isinstance(cause, ValueError) else str(cause)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if line.startswith(("ValueError", "RuntimeError", "OSError"))), lines[0])

@@ -18,7 +18,7 @@ from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from actors.cluster import alive
 from actors.editor import Job
-from actors.machine import end
+from actors.machine import end, reason_of
 from raysys.files import place
 from raysys.journal import Journal, Stream
 from raysys.stores import StorageError
@@ -203,7 +203,7 @@ class Streams:
 
     def _died(self, desk: _Desk, cell: Streaming, error: Exception) -> Lost | None:
         """Start a new editor, which opens the same cell and takes the steps so far from the journal."""
-        reason = str(error).strip().splitlines()[0]
+        reason = reason_of(error)
         innocent = isinstance(error, ActorUnavailableError) or desk.node_gone  # out of reach, or its node is gone
         what = "node lost" if innocent else "editor lost"
         self.note(what, editor=desk.name, cell=cell.job.cell, reason=reason)
