@@ -14,6 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from actors.editor import PREPARING, Editor, Job
+from actors.signs import Signs
 from actors.statistics import Workers
 from methods.parts import artifacts, moments
 from raysys import cli, study
@@ -152,7 +153,7 @@ def test_an_editor_says_what_it_makes_and_then_no_more(
 def test_a_study_passes_on_what_an_editor_makes(tmp_path: Path) -> None:
     said: list[str] = []
     run: Any = object.__new__(study._Run)
-    run.told, run.progress = -study.TELLING, SimpleNamespace(note=said.append)
+    run.told, run.progress, run.signs = -study.TELLING, SimpleNamespace(note=said.append), Signs()
     job: Any = SimpleNamespace(cell="cell", journal=str(tmp_path / "journal"))
     run._preparing(job, run._sign(job)[1])
     (tmp_path / PREPARING).write_text('{"what": "second moments", "done": 256, "total": 1000}')
