@@ -52,21 +52,21 @@ def model(shape: Shape = Shape(), seed: int = 0) -> Model:
     return Model(net, tokenizer(shape.context), "gpt2-small-shaped")
 
 
-def words() -> list[str]:
-    """As many words as the vocabulary has room for; the first PLAIN of them stand there without a blank too."""
+def words(vocabulary: int = VOCABULARY) -> list[str]:
+    """As many words as `vocabulary` has room for; the first PLAIN of them stand there without a blank too."""
     syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
-    room = VOCABULARY - len(SPECIAL) - len(GLUE) - len(BEGINNINGS) - PLAIN
+    room = vocabulary - len(SPECIAL) - len(GLUE) - len(BEGINNINGS) - PLAIN
     return [a + b + c for a in syllables for b in syllables for c in syllables[:12]][:room]
 
 
-def tokenizer(context: int) -> Any:
-    """One token a word: what is decoded and read again stays as it is."""
+def tokenizer(context: int, vocabulary: int = VOCABULARY) -> Any:
+    """One token a word: what is decoded and read again stays as it is. Words without room become <unk>, one each."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    made = words()
+    made = words(vocabulary)
     table = [*SPECIAL, *GLUE, *BEGINNINGS, *made[:PLAIN], *(f" {w}" for w in made)]
-    assert len(set(table)) == VOCABULARY
+    assert len(set(table)) == vocabulary
     raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(table)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[A-Za-z]+| ?[^A-Za-z\s]+"), "isolated")
     raw.decoder = decoders.Fuse()

@@ -182,6 +182,32 @@ def scoring(
         raise typer.Exit(1)
 
 
+@bench.command("gpu", epilog=EXITS)
+def gpu(
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here, as JSON.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few edits and questions: figures are rougher.")] = False,
+) -> None:
+    """What edits, snapshots and scoring cost on this machine's GPU, with a model of the shape of Llama-2-7B.
+
+    Random weights in bfloat16; needs neither Ray nor the network. Without a GPU it says so and is skipped, exit code 0.
+    What the lines mean: cluster/HARDWARE.md.
+
+    Examples: raysys bench gpu --quick; raysys bench gpu --json gpu.json
+    """
+    from raysys import gpu_bench
+
+    size = gpu_bench.Size.quick() if quick else gpu_bench.Size()
+    why = gpu_bench.missing(size)
+    if why:
+        shared.say(why)
+        found: dict[str, Any] = {"skipped": why}
+    else:
+        found = gpu_bench.measure(size, shared.stderr().print)
+        shared.say(gpu_bench.table(found))
+    if json_file is not None:
+        json_file.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
 def _check_only(size: Size, methods: bool) -> None:
     """Raises ValueError for a part of `size.only` that no line and no method is called by."""
     from raysys import names
