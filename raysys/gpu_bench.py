@@ -246,7 +246,7 @@ def snapshot(model: Model, size: Size, what: str, patches: tuple[Patch, ...]) ->
 
 
 def scoring(model: Model, size: Size) -> dict[str, Any]:
-    """Five-shot questions of one subject, prompts as long as real ones, and what all of MMLU would take."""
+    """Five-shot questions of one subject, about as long as real ones, and what all of MMLU would take."""
     warm = blocks(model, mmlu(5, min(size.questions, size.batch), seed=1), size.batch)
     _answer(model, warm)
     todo = blocks(model, mmlu(5, size.questions), size.batch)
@@ -255,6 +255,8 @@ def scoring(model: Model, size: Size) -> dict[str, Any]:
     asked = sum(len(b.prefix) + len(i.tokens) for b in todo for i in b.items)
     return {
         "questions": size.questions,
+        "prefix_tokens": len(todo[0].prefix),
+        "question_tokens": sum(len(i.tokens) for b in todo for i in b.items) / size.questions,
         "seconds": seconds,
         "computed_tokens": computed,
         "computed_tokens_per_second": computed / seconds,
@@ -286,6 +288,8 @@ def table(found: dict[str, Any]) -> Any:
     score = found["scoring"]
     made.add_row("scoring: computed tokens/s", f"{score['computed_tokens_per_second']:.0f}")
     made.add_row("scoring: prompt tokens/s", f"{score['prompt_tokens_per_second']:.0f}")
+    lengths = f"{score['prefix_tokens']} and {score['question_tokens']:.0f}"
+    made.add_row("scoring: tokens of the shared prefix, and of a question on average", lengths)
     made.add_row(f"5-shot MMLU: minutes, from {score['questions']} questions", f"{score['mmlu_minutes']:.1f}")
     for what, peak in found["peak_bytes"].items():
         made.add_row(f"peak memory, {what}: GB", "not counted" if peak is None else f"{peak / 1e9:.1f}")
