@@ -36,6 +36,15 @@ class Gpus:
     per_node: int
 
     @classmethod
+    def here(cls) -> Gpus | None:
+        """Those of this machine, all as large as the smallest; None where there are none."""
+        import torch
+
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        least = min((torch.cuda.get_device_properties(i).total_memory for i in range(count)), default=0)
+        return cls(count=count, gib=round(least / GIB, 1), per_node=count) if count else None
+
+    @classmethod
     def parse(cls, text: str) -> Gpus:
         """From "8x80", or "8x80/4" for four in each machine. Raises ValueError for anything else."""
         found = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)(?:/(\d+))?", text.strip())
@@ -56,6 +65,14 @@ class Needs:
     moments: int = 0
     trained: int = 0
     transformed: int = 0
+
+    def over(self, layers: int) -> Needs:
+        """The same for a method that was told to edit so many layers."""
+        return Needs(
+            moments=layers if self.moments else 0,
+            trained=layers if self.trained else 0,
+            transformed=layers if self.transformed else 0,
+        )
 
 
 _SPREAD = Needs(moments=5)
@@ -109,7 +126,7 @@ class Shape:
         return self.parameters * BYTES[dtype]
 
     def keys_values(self, dtype: str, rows: int, tokens: int, windowed: bool = True) -> int:
-        """Bytes of keys and values of `rows` texts of `tokens` tokens; `windowed`: layers forget what they can't see."""
+        """Bytes of keys and values of `rows` texts of `tokens` tokens; `windowed`: layers forget what none sees."""
         kept = sum(min(tokens, w) if windowed and w is not None else tokens for w in self.windows)
         return 2 * kept * rows * self.heads * self.d_head * BYTES[dtype]
 
@@ -156,19 +173,20 @@ class Placement:
         if self.why:
             return self.why
         return (
-            f"{self.evaluators} evaluators x {self.gpus_per_evaluator:g} GPU, {self.editors} editors x "
-            f"{self.gpus_per_editor:g} GPU, tensor_parallel = {self.ranks}"
+            f"evaluators = {self.evaluators}, gpus_per_evaluator = {self.gpus_per_evaluator:g}, editors = "
+            f"{self.editors}, gpus_per_editor = {self.gpus_per_editor:g}, tensor_parallel = {self.ranks}"
         )
 
 
-def load(shape: Shape, dtype: str, needs: Sequence[Needs], ranks: int, rows: int, tokens: int) -> Load:
-    """What each GPU holds. Splitting divides weights, keys and values and activations, not what a method keeps."""
+def load(shape: Shape, dtype: str, needs: Sequence[Needs], ranks: int, rows: int, tokens: int, trunks: int = 0) -> Load:
+    """What each GPU holds. Splitting divides weights, keys and values and activations, not what a method keeps, nor the
+    `trunks` bytes that an evaluator may keep of what edits don't change."""
     split = -(-shape.weights(dtype) // ranks)
     # scoring keeps whole prefixes, whatever the windows: raysys/passes.py
     scoring = shape.keys_values(dtype, rows, tokens, windowed=False) + shape.activations(dtype, rows, tokens)
     search = shape.activations(dtype, *SEARCH, gradients=True)
     kept = max((shape.beside(n, dtype) for n in needs), default=0)
-    return Load(ranks=ranks, evaluator=split + scoring // ranks, editor=split + search // ranks + kept)
+    return Load(ranks=ranks, evaluator=split + scoring // ranks + trunks, editor=split + search // ranks + kept)
 
 
 def place(
@@ -182,22 +200,23 @@ def place(
     evaluators: int | None = None,
     rows: int = 16,
     tokens: int = 1024,
+    trunks: int = 0,
     ranks: int | None = None,
 ) -> Placement:
     """Where a study of one model can run on `gpus`: the smallest split that fits, then as many evaluators as do.
 
     `methods`: classes by title; `needs`: of the same methods. `evaluators`: the number wanted (None: all that fit);
-    `ranks`: the only split to try.
+    `trunks`: see `load`; `ranks`: the only split to try.
     """
     shape = Shape.of(config)
     for tried in [ranks] if ranks else _splits(gpus.per_node):
         if tried > 1 and why_not(config, tried, methods):
             break
-        loads = load(shape, dtype, needs, tried, rows, tokens)
+        loads = load(shape, dtype, needs, tried, rows, tokens, trunks)
         found = _fill(loads, gpus, editors, evaluators)
         if found is not None:
             return found
-    asked = (editors, evaluators or 1, rows, tokens, ranks)
+    asked = (editors, evaluators or 1, (rows, tokens, trunks), ranks)
     return Placement(why=_why(config, shape, dtype, methods, needs, gpus, asked))
 
 
@@ -237,18 +256,18 @@ def _sharing(room: float, used: int) -> int:
 
 def _why(
     config: Any, shape: Shape, dtype: str, methods: Mapping[str, Any], needs: Sequence[Needs], gpus: Gpus,
-    asked: tuple[int, int, int, int, int | None],
+    asked: tuple[int, int, tuple[int, int, int], int | None],
 ) -> str:  # fmt: skip
     """Why it can't fit, and every single thing that would make it fit."""
-    editors, evaluators, rows, tokens, ranks = asked
+    editors, evaluators, sizes, ranks = asked
 
     def fits(tried: Gpus, kind: str, wanted: int, split: int) -> bool:
-        return _fill(load(shape, kind, needs, split, rows, tokens), tried, editors, wanted) is not None
+        return _fill(load(shape, kind, needs, split, *sizes), tried, editors, wanted) is not None
 
     one = ranks or 1
     refused = why_not(config, max(2, one), methods)
     splits = [1] if refused else [s for s in _splits(64) if s == 1 or not why_not(config, s, methods)]
-    here = load(shape, dtype, needs, one, rows, tokens)
+    here = load(shape, dtype, needs, one, *sizes)
     what = f"an evaluator takes {here.evaluator / GIB:.1f} GiB, an editor {here.editor / GIB:.1f} GiB"
     reason = f"{gpus}: {what} on each GPU (tensor_parallel = {one}, {dtype}) for {editors} and {evaluators} of them"
     if refused:

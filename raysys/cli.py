@@ -116,17 +116,28 @@ def run(
 
 
 @app.command(epilog=EXITS)
-def plan(study: Study, changes: Changes = None, as_json: Json = False) -> None:
+def plan(
+    study: Study,
+    changes: Changes = None,
+    gpus: Annotated[
+        str, typer.Option("--gpus", metavar="NxGIB[/N]", help="GPUs on offer: 8x80, or 8x80/4 with four a machine.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
     """Say what a study would do, without doing it: edits, snapshots, units, tokens, bytes, memory, machines.
 
-    Example: raysys plan study.toml edits.count=1000
+    Where GPUs are on offer (this machine's, or those of --gpus), also what fits on them.
+
+    Examples: raysys plan study.toml edits.count=1000; raysys plan study.toml --gpus 8x80
     """
+    from cluster.placement import Gpus
     from raysys.plan import plan as count
     from raysys.progress import shown
     from raysys.spec import StudySpec
     from raysys.tables import plan_table
 
-    found = count(StudySpec.load(study, changes or ()), shown(shared.stderr()).note)
+    offer = Gpus.parse(gpus) if gpus else None
+    found = count(StudySpec.load(study, changes or ()), shown(shared.stderr()).note, offer)
     shared.say(json.dumps(found.tree(), indent=1) if as_json else plan_table(found))
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from raysys import names
+from cluster.placement import GIB, NEEDS, Gpus, Needs, Shape, load, place
+from raysys import names, words
 from raysys.blocks import Block, by_prefix, pack
 from raysys.results import Results
 from raysys.shards import splittable
@@ -14,6 +15,7 @@ from raysys.spec import ComponentSpec, StudySpec
 from raysys.tokens import Tokens
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ROWS, TOKENS = 16, 2048  # of a pass, as memory is planned: rows where the study says none, and the longest texts
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Weights:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything `raysys plan` says. `done` of `units` are on disk; `memory_bytes` is of all actors' weights."""
+    """Everything `raysys plan` says. `done` of `units` are on disk; `memory_bytes` is of all actors' weights.
+    `places` says for each model what fits on the GPUs on offer, or what a study takes of a machine without."""
 
     name: str
     folder: str
@@ -60,14 +63,18 @@ class Plan:
     cpus: int
     gpus: float
     memory_bytes: int
+    places: dict[str, str]
 
     def tree(self) -> dict[str, Any]:
         """As plain data."""
         return asdict(self)
 
 
-def plan(spec: StudySpec, note: Callable[[str], None] = lambda text: None) -> Plan:
-    """Read the data, tokenise every prompt, count. Raises ValueError for whatever would stop the study at once."""
+def plan(spec: StudySpec, note: Callable[[str], None] = lambda text: None, gpus: Gpus | None = None) -> Plan:
+    """Read the data, tokenise every prompt, count; `gpus` are those on offer (None: this machine's).
+
+    Raises ValueError for whatever would stop the study at once.
+    """
     from raysys.study import select_edits
 
     selected = {order: select_edits(spec, order) for order in range(spec.orders)}
@@ -101,7 +108,41 @@ def plan(spec: StudySpec, note: Callable[[str], None] = lambda text: None) -> Pl
         cpus=copies * c.threads * c.tensor_parallel,
         gpus=c.editors * c.gpus_per_editor + c.most * c.gpus_per_evaluator,
         memory_bytes=copies * max(w.bytes for w in weights),
+        places={model: _place(spec, model, gpus or Gpus.here()) for model in spec.models},
     )
+
+
+def _place(spec: StudySpec, model: str, gpus: Gpus | None) -> str:
+    """Where copies of the model fit on `gpus`, or the memory that they take without."""
+    from transformers import AutoConfig
+
+    from raysys.loading import locate
+
+    config = AutoConfig.from_pretrained(locate(model), trust_remote_code=False)
+    needs = [_needs(m) for m in spec.methods]
+    rows, tokens = spec.scoring.rows or ROWS, min(TOKENS, getattr(config, "max_position_embeddings", None) or TOKENS)
+    c = spec.cluster
+    trunks = int(c.trunk_memory * GIB)
+    if gpus is None:
+        one = load(Shape.of(config), spec.dtype, needs, c.tensor_parallel, rows, tokens, trunks)
+        each = [n * c.tensor_parallel for n in (one.evaluator, one.editor)]
+        in_all = words.size(c.most * each[0] + c.editors * each[1])
+        return f"on CPUs at most: {words.size(each[0])} an evaluator, {words.size(each[1])} an editor, {in_all} in all"
+    wanted = c.evaluators if isinstance(c.evaluators, int) else None
+    methods = {m.title: names.method(m.name) for m in spec.methods}
+    sizes: dict[str, Any] = {
+        "rows": rows,
+        "tokens": tokens,
+        "trunks": trunks,
+        "editors": c.editors,
+        "evaluators": wanted,
+    }
+    return f"{gpus}: {place(config, spec.dtype, methods, gpus, needs=needs, **sizes)}"
+
+
+def _needs(method: ComponentSpec) -> Needs:
+    known, layers = NEEDS.get(method.name, Needs()), method.settings.get("layers")
+    return known.over(len(layers)) if isinstance(layers, (list, tuple)) else known
 
 
 def _part(spec: StudySpec, model: str, tokens: Tokens, part: ComponentSpec, selected: dict[int, Any]) -> Part:

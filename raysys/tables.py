@@ -69,7 +69,7 @@ def plan_table(plan: Plan) -> RenderableType:
         "units": f"{number(plan.units)}, {number(plan.done)} done",
         "tokens": number(plan.tokens),
         "actors": f"{actors}: {machines}",
-    }
+    } | {f"{model} fits" if len(plan.places) > 1 else "memory": text for model, text in plan.places.items()}
     return Group(Text(plan.name, style="bold"), facts(about), Text(""), parts, Text(""), weights)
 
 

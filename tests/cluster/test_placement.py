@@ -67,6 +67,12 @@ def test_second_moments_are_float64_and_do_not_shrink_when_the_model_is_split() 
     assert two.editor > shape.beside(NEEDS["memit"], "bfloat16")
 
 
+def test_what_an_evaluator_may_keep_takes_its_room_and_fewer_share_a_gpu() -> None:
+    without, with_it = (placed(GPT2Config(), "1x24", trunks=n * GIB) for n in (0, 8))
+    assert with_it.gpus_per_evaluator > without.gpus_per_evaluator
+    assert 24 * with_it.gpus_per_evaluator > 8
+
+
 def test_adam_keeps_five_copies_in_float32_beside_the_matrix_as_found() -> None:
     shape = Shape.of(LLAMA_7B)
     assert shape.beside(NEEDS["ft_l"], "bfloat16") == 4096 * 11008 * (2 + 20)
