@@ -79,13 +79,12 @@ def run(spec: StudySpec, progress: Progress | None = None) -> Results:
             progress.stop()
         results.compact()
         results.mark()
-        complete = not results.failures()
-        results.write_manifest({"complete": complete, "finished": time.time()})
+        results.write_manifest({"complete": not results.failures(), "finished": time.time()})
     return results
 
 
 def _work(runs: Sequence[_Run], progress: Progress) -> None:
-    """Every base model in turn: the next begins when the one before it is edited, while that is still being scored."""
+    """Every base model in turn: the next begins when the one before it is edited and still being scored."""
     waiting, begun, heard, shown = deque(runs), list[_Run](), time.monotonic(), 0.0
     try:
         while waiting or any(r.busy for r in begun):
@@ -94,11 +93,12 @@ def _work(runs: Sequence[_Run], progress: Progress) -> None:
                 begun[-1].begin()
             for run in [r for r in begun if not r.busy]:
                 run.end()
-            going = [r for r in begun if r.busy]
-            if not going:
+            if not (going := [r for r in begun if r.busy]):
                 continue
             share([r.pool for r in going], going[0].limits)
-            ready, _ = ray.wait([ref for r in going for ref in r.refs()], timeout=1.0)
+            refs = [ref for r in going for ref in r.refs()]
+            ray.wait(refs, timeout=1.0)
+            ready, _ = ray.wait(refs, num_returns=max(1, len(refs)), timeout=0)  # all that is ready
             for run in going:
                 run.step(ready)
             if time.monotonic() - shown > 1:  # looking at the run folder costs time
