@@ -43,16 +43,21 @@ class Nodes:
     def __init__(self, address: str, folder: Path) -> None:
         self.address, self.folder = address, folder
         self.made: list[subprocess.Popen[bytes]] = []
+        self.number = 0
 
     def start(self) -> None:
-        """One more node with two CPUs."""
+        """One more node with two CPUs; returns once it is there, since two that start at the same time can block."""
         command = [
             sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={self.address}", "--block",
             "--num-cpus=2", f"--dashboard-agent-listen-port={heads.free_port()}", "--disable-usage-stats",
         ]  # fmt: skip
-        env = os.environ | {"RAY_raylet_start_wait_time_s": "120"}  # a busy machine
-        with (self.folder / "nodes.log").open("ab") as log:
-            self.made.append(subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True))
+        self.number += 1
+        path, deadline = self.folder / f"node-{self.number}.log", time.monotonic() + 60
+        with path.open("wb") as log:
+            self.made.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
+        while b"Ray runtime started" not in path.read_bytes() and self.made[-1].poll() is None:
+            assert time.monotonic() < deadline, path.read_text()[-2000:]
+            time.sleep(0.1)
 
     def mend(self) -> None:
         """A node that could not start is started again."""
