@@ -175,7 +175,6 @@ class Streams:
                 desk.sign, desk.since = now, time.monotonic()
             elif time.monotonic() - desk.since > self.stall:
                 cell, desk.call, desk.value = desk.cell, None, None
-                end(desk.actor)
                 return self._died(desk, cell, TimeoutError(f"no progress for {self.stall:g} s; it was killed"))
         return None
 

@@ -206,8 +206,6 @@ class _Run:
         for outcome in pool.tick():
             self._record(outcome)
         self.metrics.look(pool)
-        if lost := self.streams.watch(self._sign):
-            self._lost(lost)
         for cell in self.cells:
             if cell.stream is not None:
                 for edits in [n for n in cell.values if not pool.open(cell.stream.key(n))]:
@@ -324,11 +322,13 @@ class _Run:
         return Streaming(job, method.title, order, self.spec.snapshots)
 
     def show(self) -> None:
-        """How far every cell is edited."""
-        for cell in self.cells:
-            edited, told = self._sign(cell.job)
+        """How far every cell is edited; an editor that gets no further is replaced. Looks into the run folder."""
+        signs = {cell.job.cell: self._sign(cell.job) for cell in self.cells}
+        for cell, (edited, told) in zip(self.cells, signs.values(), strict=True):
             self.progress.edited(cell.job.cell, edited)
             self._preparing(cell.job, told)
+        if lost := self.streams.watch(lambda job: signs[job.cell]):
+            self._lost(lost)
 
     def _sign(self, job: Job) -> tuple[int, Any]:
         """How far an editor is: the last edit in its journal, and what it makes before its first edit."""
