@@ -78,13 +78,7 @@ class Nodes:
     def close(self) -> None:
         """End all nodes."""
         for node in self.made:
-            below = list(processes.below(node.pid))
-            node.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                node.wait(timeout=20)
-            for pid in [node.pid, *below]:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            heads.end(node)
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def head(*options: str, workers: Mapping[str, Any] | None = None, cpus: int = 2,
             _answers(port, process, found)
             yield found
         finally:
-            _end(process)
+            end(process)
 
 
 def _autoscaler(workers: Mapping[str, Any], cpus: int, port: int) -> dict[str, Any]:
@@ -104,8 +104,8 @@ def _answers(port: int, process: subprocess.Popen[bytes], found: Head) -> None:
         time.sleep(0.2)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """The head, and whatever it started."""
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a node, and whatever it started."""
     below = list(processes.below(process.pid))
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
