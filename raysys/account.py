@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from raysys import names
+from raysys.meaning import PUBLISHED, Meaning
 
 if TYPE_CHECKING:
     from raysys.results import Cell, Results
@@ -106,28 +106,11 @@ def _identity(cell: Cell) -> Identity:
 
 def _published(results: Results) -> list[str]:
     """What is meant by the published variant of each method that was run as such."""
-    found: dict[str, str] = {}
+    said, found = Meaning.read(results).published, dict[str, str]()
     for cell in results.cells():
-        told = cell.about["stream"]["method"]
-        if told.get("settings", {}).get("published") is True:
-            found[cell.method] = told["name"]
-    return [f"{title}: {_means(name)}" for title, name in found.items()]
-
-
-def _means(name: str) -> str:
-    """What a method's own words say of its published variant: its `published_means`, else the paragraph of its
-    docstring that begins with `published`."""
-    told = "a published variant, which computes something else than the method as it should be."
-    try:
-        cls = names.method(name)
-    except ValueError:  # a plug-in that is not installed here
-        return told
-    if means := getattr(cls, "published_means", ""):
-        return f"{told} {means}"
-    text = cls.__doc__ or ""
-    _, found, means = text.partition("`published`")
-    means = " ".join(means.partition("\n\n")[0].replace("`", "").split())
-    return f"{told} Published{'' if means.startswith(':') else ' '}{means}" if found else told
+        if cell.about["stream"]["method"].get("settings", {}).get("published") is True:
+            found[cell.method] = said.get(cell.method, PUBLISHED)
+    return [f"{title}: {means}" for title, means in found.items()]
 
 
 def _dropped(entry: Any) -> tuple[str, str]:

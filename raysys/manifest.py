@@ -1,4 +1,4 @@
-"""What a run folder says of the run itself: versions, machine, seed."""
+"""What a run folder says of the run itself: versions, machine, seed, what its parts mean."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from importlib import metadata
 from typing import Any
 
+from raysys.meaning import KEY, Meaning
 from raysys.spec import StudySpec
 
 
@@ -30,4 +31,5 @@ def manifest(spec: StudySpec) -> dict[str, Any]:
         "versions": versions,
         "seed": spec.seed,
         "study": spec.hash,
+        KEY: Meaning.of(spec).model_dump(mode="json"),
     }

@@ -12,15 +12,15 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from raysys import names, report_html, stats, words
+from raysys import report_html, stats, words
 from raysys.account import Account, account
 from raysys.files import Location, within, write_bytes
 from raysys.frame import Metric
+from raysys.meaning import Meaning
 from raysys.summary import KINDS, PROTOCOLS, Area, CellView, Point, Summary, summarise
 
 if TYPE_CHECKING:
     from raysys.results import Results
-    from raysys.spec import StudySpec
 
 STYLE = {"kept": "green", "open": "yellow", "lost": "red", "collapsed": "red"}
 
@@ -47,7 +47,8 @@ class Report:
         page = path or within(self.results.folder, "report.html")
         spec = self.results.spec
         toml = words.toml(spec.model_dump(mode="json"))
-        text = report_html.page(spec.name, self.summary, self.account, chances(spec), toml, self.results.manifest)
+        chance = Meaning.read(self.results).chances
+        text = report_html.page(spec.name, self.summary, self.account, chance, toml, self.results.manifest)
         write_bytes(page, text.encode())
         self.results.mark()
         return page
@@ -61,18 +62,6 @@ def show(results: Results, console: Console | None = None, delta: float = stats.
 def write_html(results: Results, path: Path | None = None, delta: float = stats.DELTA) -> Location:
     """Write the page of a study, finished or not, and say where. Raises OSError when it can't be written."""
     return Report.of(results, delta).write(path)
-
-
-def chances(spec: StudySpec) -> dict[Metric, float]:
-    """What guessing would score, as far as the benchmarks say."""
-    found: dict[Metric, float] = {}
-    for part in spec.benchmarks:
-        try:
-            benchmark = names.build(names.benchmark(part.name), part.settings, part.title)
-        except ValueError:  # of a plug-in that is not installed here: the report does without
-            continue
-        found |= {(part.title, metric): share for metric, share in benchmark.chance().items()}
-    return found
 
 
 def terminal(summary: Summary, told: Account) -> RenderableType:

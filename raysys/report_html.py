@@ -14,6 +14,7 @@ from raysys.account import Account, Left, Times
 from raysys.budget import Budget
 from raysys.charts import Axis, Dot, Line
 from raysys.frame import Metric
+from raysys.meaning import KEY
 from raysys.report_tables import ability_table, edits_table, matrix
 from raysys.summary import KINDS, PROTOCOLS, MethodView, Point, Summary
 
@@ -357,7 +358,8 @@ def _time(account: Account) -> str:
 
 
 def _repeat(spec_toml: str, manifest: Facts, account: Account) -> str:
-    about = {**manifest, **({"hardware": account.hardware} if account.hardware else {})}
+    about = {k: v for k, v in manifest.items() if k != KEY}
+    about |= {"hardware": account.hardware} if account.hardware else {}
     facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in words.flat(about))
     streams = "".join(
         f"<dt>{escape(i.cell)}</dt>"

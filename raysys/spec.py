@@ -329,8 +329,8 @@ def _fault(where: str, fault: dict[str, Any], cls: type[BaseModel]) -> str:
             owner = getattr(owner, "annotation", None)
         known = set(getattr(owner, "model_fields", {}))
         message = f"no such key{names.did_you_mean(str(fault['loc'][-1]), known)}"
-    elif fault["type"] != "missing" and place and not isinstance(fault.get("input"), dict):
-        message += f" (got {fault.get('input')!r})"
+    elif fault["type"] != "missing" and place and not isinstance(given := fault.get("input"), dict):
+        message += "" if "://" in str(given) else f" (got {given!r})"  # an address may hold a password
     return f"{where}: {place + ': ' if place else ''}{message}"
 
 

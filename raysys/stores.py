@@ -67,14 +67,14 @@ class Remote:
         parts = [p for p in rest.split("/") if p]
         if scheme not in SCHEMES:
             known = ", ".join(f"{s}://" for s in SCHEMES)
-            raise ValueError(f"{uri!r}: runs are kept in a folder, or under {known}; {scheme}:// is not known")
+            raise ValueError(f"runs are kept in a folder, or under {known}; {scheme}:// is not known")
         if any(c in (parts or [""])[0] for c in "@:") or "?" in rest:
             raise ValueError(
                 f"{scheme}://: an address of a run folder is kept with the results and must hold no keys and no "
                 f"settings; set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL instead"
             )
         if not parts or {".", ".."} & set(parts):
-            raise ValueError(f"{uri!r}: wants {scheme}://bucket/folder, without . and ..")
+            raise ValueError(f"wants {scheme}://bucket/folder, without . and ..")
         return cls(scheme, "/".join(parts), float(os.environ.get(WAIT, "600")))
 
     def __str__(self) -> str:

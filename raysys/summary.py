@@ -11,15 +11,16 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raysys import budget, names, stats
+from raysys import budget, stats
 from raysys.budget import Budget, Changes, Interval
 from raysys.collapse import Told, collapse
 from raysys.frame import Frame, Items, Metric
+from raysys.meaning import Meaning
 from raysys.stats import Difference, Estimate
 
 if TYPE_CHECKING:
@@ -138,8 +139,8 @@ class Summary:
 def summarise(results: Results, delta: float = stats.DELTA) -> Summary:
     """Read the scores of a study, finished or not, and work everything out."""
     frame = _frame(results)
-    means = Meaning.of(results.spec)
-    ability, probes, locality, others = _sort(frame, results.spec)
+    means = Meaning.read(results)
+    ability, probes, locality, others = _sort(frame, results.spec, means)
     methods: dict[tuple[str, str], list[Cell]] = defaultdict(list)
     for cell in results.cells():
         methods[cell.model, cell.method].append(cell)
@@ -157,13 +158,13 @@ def summarise(results: Results, delta: float = stats.DELTA) -> Summary:
 
 def collapsed(results: Results) -> list[dict[str, str | int]]:
     """Every snapshot and metric whose answers are worth nothing: cell, edits, benchmark, metric, reason."""
-    frame, safety = _frame(results), Meaning.of(results.spec).safety
-    ability, _, _, others = _sort(frame, results.spec)
+    frame, means = _frame(results), Meaning.read(results)
+    ability, _, _, others = _sort(frame, results.spec, means)
     found: list[dict[str, str | int]] = []
     for cell in results.cells():
         for metric in (*ability, *others):
             for edits in frame.snapshots([cell.id], metric):
-                if reason := _broken(frame, [cell.id], edits, metric, safety):
+                if reason := _broken(frame, [cell.id], edits, metric, means.safety):
                     where: dict[str, str | int] = {
                         "cell": cell.id,
                         "edits": edits,
@@ -176,37 +177,6 @@ def collapsed(results: Results) -> list[dict[str, str | int]]:
 
 def _frame(results: Results) -> Frame:
     return Frame(results.scores(), {c.id: [r["id"] for r in c.about["requests"]] for c in results.cells()})
-
-
-@dataclass(frozen=True)
-class Meaning:
-    """What the benchmarks of a study say of their scores: titles of those on safety, units of metrics that are no
-    shares, and metrics of which less is better."""
-
-    safety: frozenset[str]
-    units: Mapping[Metric, str]
-    falling: frozenset[Metric]
-
-    @classmethod
-    def of(cls, spec: StudySpec) -> Meaning:
-        """From the benchmarks' class variables `safety`, `units` and `lower_is_better`, each optional."""
-        units, falling = _said(spec, "units", {}), _said(spec, "lower_is_better", ())
-        return cls(
-            frozenset(title for title, safe in _said(spec, "safety", False).items() if safe),
-            {(title, name): unit for title, told in units.items() for name, unit in told.items()},
-            frozenset((title, name) for title, told in falling.items() for name in told),
-        )
-
-
-def _said(spec: StudySpec, what: str, otherwise: Any) -> dict[str, Any]:
-    """What every benchmark says of itself in a class variable, by title; a plug-in not installed here says nothing."""
-    found = {}
-    for part in spec.benchmarks:
-        try:
-            found[part.title] = getattr(names.benchmark(part.name), what, otherwise)
-        except ValueError:
-            continue
-    return found
 
 
 def _cell(
@@ -332,12 +302,11 @@ def _ages(frame: Frame, cells: Sequence[str], name: str) -> list[Age]:
     return found
 
 
-def _sort(frame: Frame, spec: StudySpec) -> tuple[list[Metric], ...]:
+def _sort(frame: Frame, spec: StudySpec, means: Meaning) -> tuple[list[Metric], ...]:
     """(the chosen metric of each general-ability benchmark, probes of edits, locality, all others), as the study lists
     them. A benchmark's choice is its "accuracy", else the first by name of those whose values are shares: a loss of
     anything else can't be told in points. One that says `ability = False` of itself, like perplexity, has none."""
     metrics, benchmarks = frame.metrics, [b.title for b in spec.benchmarks]
-    able = _said(spec, "ability", True)
     ability: dict[str, Metric] = {}
     probes, locality, others = [], [], []
     rank = {name: i for i, name in enumerate(benchmarks)}
@@ -347,7 +316,7 @@ def _sort(frame: Frame, spec: StudySpec) -> tuple[list[Metric], ...]:
             probes.append((benchmark, metric))
         elif kind == KNOWN:
             locality.append((benchmark, metric))
-        elif benchmark not in ability and able.get(benchmark, True) and frame.shares((benchmark, metric)):
+        elif benchmark not in ability and means.able(benchmark) and frame.shares((benchmark, metric)):
             ability[benchmark] = (benchmark, metric)
         else:
             others.append((benchmark, metric))

@@ -1,9 +1,10 @@
-"""Kill whatever a study runs on: `python -m tests.chaos [--kills N] [--seed S] [--tensor-parallel N]`.
+"""Kill whatever a study runs on: `python -m tests.chaos [--kills N] [--seed S] [--tensor-parallel N ...]`.
 
-A study runs on a cluster of three nodes, undisturbed first. Then it runs again and again while, at random moments,
-something gets SIGKILL: an evaluator, the editor, a rank of a model that is spread over several, a whole worker node
-(another takes its place), the driver (the same command is given again); until there were N kills. Every run must end
-with the same scores and the same edits, bit for bit, nothing missing, nothing double.
+A study runs on a cluster of three nodes, undisturbed first; then again and again while, at random moments, something
+gets SIGKILL: an evaluator, the editor, a rank of a model that is spread over several, a whole worker node (another is
+started for it), the driver (the same command is given again); until there were N kills, half of them with a whole
+model and half with one over two ranks. Every run must end with the same scores and the same edits, bit for bit,
+nothing missing, nothing double.
 
 Prints what was killed and what each kill has cost; last line `N passed, N failed`; exit code 1 on a failure.
 """
@@ -99,36 +100,49 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30, help="kills in all (default 30)")
     parser.add_argument("--seed", type=int, default=0, help="of victims and moments")
-    parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks of each model (default 1)")
+    parser.add_argument(
+        "--tensor-parallel", type=int, nargs="+", default=[1, 2], metavar="N",
+        help="ranks of each model; a study for every number, which share the kills (default 1 2)",
+    )  # fmt: skip
     options = parser.parse_args()
     os.environ["RAY_AUTH_MODE"] = os.environ.get("RAY_AUTH_MODE", "disabled")  # on loopback, for minutes
-    dice, passed, failed, done = random.Random(options.seed), 0, 0, 0
-    with tempfile.TemporaryDirectory(prefix="raysys-chaos-") as made:
-        folder = Path(made)
-        small.folder(folder, "gpt_neox" if options.tensor_parallel > 1 else "llama")  # heads enough to be split
-        os.environ["RAYSYS_CACHE"] = str(folder / "cache")
-        with cluster(folder) as (head, nodes):
-            study = Study(folder, head, nodes, options.tensor_parallel)
-            first, _ = study.run("first", [], dice)
-            print(f"undisturbed: {first.units} units, {first.seconds:.0f} s, complete: {first.complete}", flush=True)
-            passed, failed = int(first.complete), int(not first.complete)
-            while done < options.kills:
-                moments = sorted(dice.uniform(0.02, 0.95) for _ in range(min(AT_ONCE, options.kills - done)))
-                found, killed = study.run(f"run-{done}", moments, dice)
-                same = (found.scores, found.edits) == (first.scores, first.edits)
-                good = same and found.complete and found.units == first.units
-                passed, failed, done = passed + good, failed + (not good), done + len(killed)
-                told = ", ".join(f"{n} {who}" for who, n in Counter(killed).items())
-                lost = (found.seconds - first.seconds) / max(len(killed), 1)
-                print(
-                    f"killed {told or 'nobody'}: {'the same' if same else 'DIFFERENT'}, complete: {found.complete}, "
-                    f"{found.seconds:.0f} s, {lost:.1f} s lost a kill",
-                    flush=True,
-                )
-                if not killed:
-                    break
+    dice, passed, failed, left = random.Random(options.seed), 0, 0, options.kills
+    for number, ranks in enumerate(options.tensor_parallel):
+        share = left // (len(options.tensor_parallel) - number)
+        left -= share
+        with tempfile.TemporaryDirectory(prefix="raysys-chaos-") as made:
+            for good in _disturbed(Path(made), ranks, share, dice):
+                passed, failed = passed + good, failed + (not good)
     print(f"{passed} passed, {failed} failed")
     return int(failed > 0)
+
+
+def _disturbed(folder: Path, ranks: int, kills: int, dice: random.Random) -> Iterator[bool]:
+    """One study, undisturbed and then until `kills` were done; whether each run was as it should be."""
+    small.folder(folder, "gpt_neox" if ranks > 1 else "llama")  # heads enough to be split
+    os.environ["RAYSYS_CACHE"] = str(folder / "cache")
+    with cluster(folder) as (head, nodes):
+        study = Study(folder, head, nodes, ranks)
+        first, _ = study.run("first", [], dice)
+        of = f"a model over {ranks} ranks" if ranks > 1 else "a whole model"
+        print(f"{of}, undisturbed: {first.units} units, {first.seconds:.0f} s, complete: {first.complete}", flush=True)
+        yield first.complete
+        done = 0
+        while done < kills:
+            moments = sorted(dice.uniform(0.02, 0.95) for _ in range(min(AT_ONCE, kills - done)))
+            found, killed = study.run(f"run-{done}", moments, dice)
+            same = (found.scores, found.edits) == (first.scores, first.edits)
+            done += len(killed)
+            told = ", ".join(f"{n} {who}" for who, n in Counter(killed).items())
+            lost = (found.seconds - first.seconds) / max(len(killed), 1)
+            print(
+                f"killed {told or 'nobody'}: {'the same' if same else 'DIFFERENT'}, complete: {found.complete}, "
+                f"{found.seconds:.0f} s, {lost:.1f} s lost a kill",
+                flush=True,
+            )
+            yield same and found.complete and found.units == first.units
+            if not killed:
+                break
 
 
 class Study:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 
 from raysys.journal import Entry, Journal, Stream
+from raysys.meaning import KEY, Meaning
 from raysys.patch import LowRank
 from raysys.results import Results
 from raysys.spec import StudySpec
@@ -120,6 +121,7 @@ def make(study: StudySpec, items: int = 300, failed: bool = True) -> Results:
             "versions": {"raysys": "0.1.0", "torch": "2.13.0", "ray": "2.60.0", "python": "3.11.2"},
             "machine": {"system": "Linux 6.1", "cores": 2, "memory_bytes": 8 * 2**30, "gpus": []},
             "models": dict.fromkeys(study.models, "d" * 64),
+            KEY: Meaning.of(study).model_dump(mode="json"),
         }
     )
     results.note("evaluator restarted", evaluator="evaluator-1", reason="actor died")

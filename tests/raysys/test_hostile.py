@@ -270,6 +270,31 @@ def test_reading_a_run_imports_nothing_that_lies_in_it(run: Results, monkeypatch
     assert not ran.exists()
 
 
+def test_reading_a_run_imports_no_module_that_it_names(
+    run: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "installed_module.py").write_text("raise SystemExit('it ran')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = Path(str(run.folder)) / "spec.json"
+    tree = json.loads(path.read_text())
+    tree["benchmarks"] += [{"name": "installed_module:Evil", "label": "x"}]
+    tree["methods"] += [{"name": "installed_module:Evil", "label": "y", "published": True}]
+    path.write_text(json.dumps(tree))
+    opened = Results.open(run.folder)
+    runs.status(opened)
+    Report.of(opened).write()
+    opened.mark()
+    opened.snapshot(opened.cells()[0].id, 1)
+    assert "installed_module" not in sys.modules
+
+
+@pytest.mark.parametrize("told", [[], {"benchmarks": {"mmlu": {"units": 3}}}, {"published": {"rome": ["x"]}}])
+def test_a_damaged_meaning_is_told(run: Results, told: Any) -> None:
+    run.write_manifest({"meaning": told})
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged \(meaning"):
+        Report.of(run)
+
+
 def test_what_a_run_says_is_text_in_its_report(run: Results) -> None:
     script = "<script>alert(1)</script>"
     run.fail("x", {"cell": script, "edits": 1, "benchmark": script, "tries": 1, "reason": script})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from raysys import report, report_tables
+from raysys.meaning import Meaning
 from raysys.spec import StudySpec
 from raysys.stats import Difference, Estimate
-from raysys.summary import Meaning, Point
+from raysys.summary import Point
 
 ESTIMATE = Estimate(3.228, 0.1, 3.0, 3.456, 50)
 RISE = Difference(1.25, 1.0, 1.5, 50, 0, 0.001, 50)
