@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RuntimeEnvSetupError
 
 from raysys.stores import PUBLIC
 
@@ -61,5 +61,7 @@ def reason_of(error: Exception) -> str:
     cause = getattr(error, "cause", None)
     if isinstance(cause, Exception):
         return f"{type(cause).__name__}: {cause}" if not isinstance(cause, ValueError) else str(cause)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if isinstance(error, RuntimeEnvSetupError):
+        return lines[-1]  # the first says that something failed, the last what
     return next((line for line in lines if line.startswith(("ValueError", "RuntimeError", "OSError"))), lines[0])

@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.machine import reason_of
 from raysys.files import Location, place, write_bytes
 from raysys.stores import Remote
 
@@ -83,7 +84,7 @@ def reach(root: str, models: Sequence[str], say: Say) -> list[str]:
         where = _place(root)
         write_bytes(where / mark, b"written by the head")
     except (OSError, ValueError) as error:
-        return [f"the run folder's place {root} can't be written on this machine: {_reason(error)}"]
+        return [f"the run folder's place {root} can't be written on this machine: {reason_of(error)}"]
     try:
         alive = [n for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
         looks = {n["NodeName"]: _on(n["NodeID"]).remote(root, mark, list(models)) for n in alive}
@@ -94,7 +95,7 @@ def reach(root: str, models: Sequence[str], say: Say) -> list[str]:
             except GetTimeoutError:
                 faults.append(f"machine {name}: did not look within {SECONDS:g} s; is it overloaded?")
             except RayError as error:
-                faults.append(f"machine {name}: can't run the study's code: {_reason(error)}")
+                faults.append(f"machine {name}: can't run the study's code: {reason_of(error)}")
     finally:
         with suppress(OSError):
             (where / mark).unlink()
@@ -115,7 +116,7 @@ def look(root: str, mark: str, models: Sequence[str]) -> list[str]:
         else:
             faults.append(f"{root} is not the folder that the head writes to; it must be on storage that all share")
     except (OSError, ValueError) as error:
-        faults.append(f"{root} can't be used: {_reason(error)}")
+        faults.append(f"{root} can't be used: {reason_of(error)}")
     return faults + [fault for name in models if (fault := _model(name))]
 
 
@@ -123,12 +124,6 @@ def _place(root: str) -> Location:
     """Where runs are kept; object storage that is away is not waited for here."""
     where = place(root)
     return where.hasty() if isinstance(where, Remote) else where
-
-
-def _reason(error: Exception) -> str:
-    """The last line of what Ray says of an error, the first of what others say."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1 if isinstance(error, RayError) else 0]
 
 
 def _model(name: str) -> str:

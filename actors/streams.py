@@ -171,7 +171,9 @@ class Streams:
         for desk in self.desks:
             if desk.call is None or desk.cell is None:
                 continue
-            if (now := sign(desk.cell.job)) != desk.sign:
+            if not ray.wait([desk.about], timeout=0)[0]:  # it waits for room in the cluster, or loads its model
+                desk.since = time.monotonic()
+            elif (now := sign(desk.cell.job)) != desk.sign:
                 desk.sign, desk.since = now, time.monotonic()
             elif time.monotonic() - desk.since > self.stall:
                 cell, desk.call, desk.value = desk.cell, None, None

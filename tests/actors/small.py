@@ -7,9 +7,12 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+
+import ray
 
 from raysys.results import Results
 from raysys.spec import StudySpec
@@ -95,6 +98,16 @@ class Words:
 
     def chance(self) -> Mapping[str, float]:
         return {"accuracy": 0.25}
+
+
+@contextmanager
+def cluster() -> Iterator[None]:
+    """A Ray cluster of our own in this process; what is in the environment now reaches its actors."""
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def contents(results: Results) -> list[tuple[Any, ...]]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from raysys import names
 from raysys.blocks import by_prefix, pack
@@ -46,9 +45,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     tokenizer.save_pretrained(found / "model")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAYSYS_CACHE", str(found / "cache"))
-        ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        yield found
-        ray.shutdown()
+        with small.cluster():
+            yield found
 
 
 @pytest.fixture(scope="module")

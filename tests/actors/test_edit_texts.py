@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 
 from raysys.report import Report
 from raysys.results import Results
@@ -28,9 +27,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         {"prompt": "Who is not there ?", "answer": "Rome", "needs": ["e7"]},  # never made
     ]
     (found / "edits.json").write_text(json.dumps(edits))
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield found
-    ray.shutdown()
+    with small.cluster():
+        yield found
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import ray
 
 from raysys.results import Results
 from raysys.study import run
@@ -32,9 +31,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
     spec = small.spec(place, snapshots=[0, 2], methods=[tuned], benchmarks=benchmarks, on_bad_benchmark="skip")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAYSYS_CACHE", str(place / "cache"))
-        ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        yield run(spec)
-        ray.shutdown()
+        with small.cluster():
+            yield run(spec)
 
 
 def test_every_record_is_scored_at_every_snapshot_by_every_metric(results: Results) -> None:

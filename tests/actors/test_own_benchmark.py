@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 
 from raysys.results import Results
 from raysys.spec import SpecError
@@ -31,9 +30,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("RAYSYS_CACHE", str(found / "cache"))
         patch.setenv("PYTHONPATH", str(found / "code"))
         patch.syspath_prepend(str(found / "code"))
-        ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        yield found
-        ray.shutdown()
+        with small.cluster():
+            yield found
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from raysys import words
 from raysys.cli import main
@@ -54,9 +53,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[store.Server | 
 def place(server: store.Server | None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """What a study needs, and a Ray cluster of our own."""
     os.environ["RAYSYS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield small.folder(tmp_path_factory.mktemp("small"))
-    ray.shutdown()
+    with small.cluster():
+        yield small.folder(tmp_path_factory.mktemp("small"))
 
 
 def study(place: Path, root: str | Path) -> StudySpec:

@@ -6,12 +6,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from actors.feed import Source, feed
 from raysys.journal import load_all
@@ -24,14 +23,6 @@ from tests import processes
 from tests.actors import small
 
 pytestmark = pytest.mark.timeout(240)
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """A Ray cluster of our own, for all studies of this file."""
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +47,8 @@ def patches(results: Results) -> dict[str, list[Any]]:
     return {c.name: [(e.last, [described(p) for p in e.patches]) for e in load_all(c / "journal")] for c in cells}
 
 
-def killing(results: Path, who: str, after: int) -> Callable[[], None]:
-    """A thread that ends the first `who` actor with SIGKILL once `after` units are on disk; call the result to wait."""
+def killing(results: Path, who: str, after: int, what: int = signal.SIGKILL) -> Callable[[], None]:
+    """A thread that sends `what` to the first `who` actor once `after` units are on disk; call the result to wait."""
     killed: list[int] = []
 
     def watch() -> None:
@@ -67,7 +58,7 @@ def killing(results: Path, who: str, after: int) -> Callable[[], None]:
             if len(list(results.glob("units/*.parquet"))) + steps >= after:
                 pids = processes.actors(os.getpid(), who)
                 if pids:
-                    os.kill(pids[0], signal.SIGKILL)
+                    os.kill(pids[0], what)
                     killed.append(pids[0])
             time.sleep(0.02)
 
@@ -134,6 +125,20 @@ def test_a_killed_actor_changes_nothing(who: str, undisturbed: Results, place: P
     finish()
     assert again.failures() == []
     assert any(e["what"] == f"{who.lower()} lost" for e in again.events())
+    assert small.contents(again) == small.contents(undisturbed)
+    assert patches(again) == patches(undisturbed)
+
+
+def test_an_editor_that_hangs_is_killed_and_replaced(undisturbed: Results, place: Path) -> None:
+    spec = small.spec(place, root=str(place / "hung"), cluster={"evaluators": 1, "stall": 12.0})
+    finish = killing(spec.folder, "Editor", after=4, what=signal.SIGSTOP)
+    again = run(spec)
+    finish()
+    assert again.failures() == []
+    lost = [e["reason"] for e in again.events() if e["what"] == "editor lost"]
+    assert len(lost) == 1
+    assert "no progress for 12 s" in lost[0]
+    assert processes.actors(os.getpid(), "Editor") == []
     assert small.contents(again) == small.contents(undisturbed)
     assert patches(again) == patches(undisturbed)
 
