@@ -14,6 +14,8 @@ from ray.exceptions import RayError
 
 from cluster import access
 
+EACH = 1e-4  # seconds that others are given to become ready, for each reference that is waited for
+
 
 class NoResources(RuntimeError):
     """The cluster does not have what the study needs; the message says what is missing."""
@@ -124,6 +126,20 @@ def _wait_for(cpus: float, gpus: float, seconds: float, say: Callable[[str], Non
             say(f"waiting: {message}")
             said = time.monotonic()
         time.sleep(1)
+
+
+def ready(refs: Sequence[Any], timeout: float = 1.0) -> list[Any]:
+    """All of `refs` that are ready, as soon as one is; none when none is within `timeout` seconds.
+
+    A look at many takes as long for one that is ready as for twenty: the more there are, the longer others are given to
+    become ready too (0.1 ms for each reference; actors have a call more in hand, and don't wait for us).
+    """
+    refs = list(refs)
+    if not refs or not ray.wait(refs, timeout=timeout)[0]:
+        return []
+    time.sleep(EACH * len(refs))
+    found: list[Any] = ray.wait(refs, num_returns=len(refs), timeout=0)[0]
+    return found
 
 
 def alive(node: str) -> bool:

@@ -13,10 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from actors import editor, evaluator, group, metrics
-from actors.cluster import NoResources, cluster, wait_for
+from actors.cluster import NoResources, cluster, ready, wait_for
 from actors.editor import Job
 from actors.feed import Source, Work, feed
 from actors.pool import EvaluatorPool, Limits, PoolError
@@ -96,18 +94,16 @@ def _work(runs: Sequence[_Run], progress: Progress) -> None:
             if not (going := [r for r in begun if r.busy]):
                 continue
             share([r.pool for r in going], going[0].limits)
-            refs = [ref for r in going for ref in r.refs()]
-            ray.wait(refs, timeout=1.0)
-            ready, _ = ray.wait(refs, num_returns=max(1, len(refs)), timeout=0)  # all that is ready
+            found = ready([ref for r in going for ref in r.refs()])
             for run in going:
-                run.step(ready)
+                run.step(found)
             if time.monotonic() - shown > 1:  # looking at the run folder costs time
                 shown = time.monotonic()
                 for run in going:
                     run.show()
                 busy = sum(r.pool.busy for r in going)
                 progress.scored(sum(r.scored for r in begun), sum(r.expected() for r in begun), busy)
-            heard = time.monotonic() if ready else heard
+            heard = time.monotonic() if found else heard
             if time.monotonic() - heard > SILENCE and (starting := sum(r.pool.starting for r in going)):
                 progress.warn(f"{starting} evaluators wait to be started: has the cluster room?")
                 heard = time.monotonic()

@@ -23,6 +23,7 @@ from typing import Any
 import ray
 import torch
 
+from actors.cluster import ready
 from actors.evaluator import Task
 from actors.feed import Work
 from actors.machine import describe
@@ -117,10 +118,7 @@ def _measured(options: Any, folder: Path) -> Iterator[tuple[bool, str]]:
             total += sum(float(u.name) for u in units)
             pool.submit(units)
             waiting.pop(0)
-        refs = pool.refs
-        ready, _ = ray.wait(refs, timeout=1.0)
-        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
-        for ref in ready:
+        for ref in ready(pool.refs):
             for outcome in pool.take(ref):
                 assert isinstance(outcome, Done), outcome
                 saver.add(outcome.about, outcome.scores)
