@@ -42,6 +42,7 @@ class Job:
     cache: str | None  # folder of artifacts
     seed: int
     on_refusal: str  # "stop" or "skip"
+    study: str = ""  # that it belongs to, for the metrics
 
 
 class Editor:
@@ -151,7 +152,8 @@ class Editor:
         return Entry(self.done, last, edit.patches, edit.memory or {}, requests, started, ended, refused, edit.log)
 
     def _tags(self) -> dict[str, str]:
-        return {"model": metrics.short(self.model.name), "method": self.job.method, "cell": self.job.cell}
+        job = self.job
+        return {"study": job.study, "model": metrics.short(self.model.name), "method": job.method, "cell": job.cell}
 
     def describe(self) -> dict[str, Any]:
         """The machine this runs on and the digest of the base model."""

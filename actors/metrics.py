@@ -18,7 +18,7 @@ from raysys.snapshot import Snapshot
 
 SECONDS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0]  # bounds of the histograms of time
 STUDY = ("study", "model")
-CELL = ("model", "method", "cell")
+CELL = ("study", "model", "method", "cell")
 UNIT = (*STUDY, "cell", "benchmark")
 EVALUATOR = (*STUDY, "evaluator")
 

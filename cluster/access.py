@@ -34,11 +34,14 @@ class Token:
 
 @dataclass(frozen=True)
 class Access:
-    """How to talk to a cluster's job server. `warnings` are for the user; `open`: it asks for no token."""
+    """How to talk to a cluster's job server. `warnings` are for the user; `insisted`: it may do without a token.
+
+    Without that a job looks at the cluster's own address too: the dashboard may be reached through a tunnel.
+    """
 
     address: str
     token: Token | None
-    open: bool
+    insisted: bool
     warnings: tuple[str, ...] = ()
 
     @property
@@ -118,7 +121,8 @@ def approach(address: str, allow_open: bool = False) -> Access:
                 f"{address} asks for no token: whoever reaches it can run code on the cluster. Start it with "
                 f"RAY_AUTH_MODE=token (cluster/README.md shows how), or insist with {INSIST}."
             )
-        return Access(address, None, True, (f"{address} asks for no token: whoever reaches it can run code there",))
+        bare = (f"{address} asks for no token: whoever reaches it can run code there",)
+        return Access(address, None, allow_open, bare)
     mine = token()
     if mine is None:
         raise ValueError(
@@ -130,7 +134,7 @@ def approach(address: str, allow_open: bool = False) -> Access:
             f"{address} does not accept the token in {mine.where} (HTTP {status}). Copy this cluster's own token there."
         )
     bare = (f"the token goes to {parts.hostname} unencrypted; use a tunnel to loopback, or https",)
-    return Access(address, mine, False, () if local or parts.scheme == "https" else bare)
+    return Access(address, mine, allow_open, () if local or parts.scheme == "https" else bare)
 
 
 class _Stay(HTTPRedirectHandler):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import secrets
 import shlex
 import time
@@ -75,8 +76,8 @@ class Jobs:
                     f"`raysys stop {job.id}`"
                 )
         variables = ENVIRONMENT | dict(env)
-        if self.access.open:
-            variables[INSISTED] = "1"  # it was asked here, or is on loopback
+        if self.access.insisted:
+            variables[INSISTED] = "1"
         if hub_token:
             path = parcel.folder / HUB_TOKEN
             path.touch(mode=0o600)
@@ -167,11 +168,11 @@ class Jobs:
         return self.wait(job.id, STOPPING)
 
     def wait(self, name: str, seconds: float) -> Job:
-        """The job when it has ended. Raises ValueError after `seconds`."""
+        """The job when it has ended. Raises TimeoutError after `seconds`."""
         deadline = time.monotonic() + seconds
         while not (job := self.one(name)).over:
             if time.monotonic() > deadline:
-                raise ValueError(f"{job.id} is {job.state} still after {seconds:g} s; look at `raysys logs {job.id}`")
+                raise TimeoutError(f"{job.id} is {job.state} still after {seconds:g} s; look at `raysys logs {job.id}`")
             time.sleep(POLL)
         return job
 
@@ -216,4 +217,5 @@ def _mended(address: str) -> Iterator[None]:
     except AuthenticationError as error:
         raise ValueError(f"{address} does not accept this token: {str(error).splitlines()[0]}") from error
     except RuntimeError as error:
-        raise ValueError(f"{address}: {error}") from error
+        passing = re.search(r"status code 5\d\d", str(error))  # the cluster's trouble, not the user's mistake
+        raise (ConnectionError if passing else ValueError)(f"{address}: {error}") from error

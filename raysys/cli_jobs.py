@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterable
@@ -25,6 +26,7 @@ JOB_EXITS = (
     "away; 4 the job was stopped; 130 interrupted here, the job goes on."
 )
 STOPPED = 4
+SECRETS = {"TOKEN", "SECRET", "PASS", "PAS", "PASSWORD", "PASSWD", "PWD", "CREDENTIAL", "KEY", "PAT"}  # in names
 
 jobs = typer.Typer()
 
@@ -173,7 +175,9 @@ def _follow(connected: Jobs, name: str, secret: str = "", until_begun: bool = Fa
     except KeyboardInterrupt:
         shared.complain(f"interrupted here; the job goes on. Follow: raysys logs {name}; end: raysys stop {name}")
         raise typer.Exit(130) from None
-    except ConnectionError as error:
+    except BrokenPipeError:
+        raise
+    except OSError as error:
         shared.complain(f"{error}. The job may go on; follow it again: raysys logs {name}")
         raise typer.Exit(1) from error
     if job.state == "SUCCEEDED":
@@ -212,13 +216,19 @@ def _variables(given: Iterable[str]) -> dict[str, str]:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
             raise ValueError(f"--env {name}: wants NAME=VALUE")
-        if name.upper().endswith(("TOKEN", "SECRET", "PASSWORD", "SECRET_ACCESS_KEY", "API_KEY")):
+        if _secret(name.upper()) or re.search(r"://[^/]*@", value):
             raise ValueError(
                 f"--env {name}: Ray writes a job's environment into its logs on every machine. A token of the model "
                 f"hub travels safely with --hub-token; give other secrets to the machines themselves."
             )
         found[name] = value
     return found
+
+
+def _secret(name: str) -> bool:
+    """Whether a variable of this name is likely to hold a secret; one that names a file does not."""
+    words = re.split(r"_|(?<=API)(?=KEY)", name)
+    return words[-1] not in ("PATH", "FILE") and not SECRETS.isdisjoint(w.removesuffix("S") for w in words)
 
 
 def _hub_token() -> str:

@@ -314,7 +314,8 @@ class _Run:
         requests = tuple(case.request for case in self.edits[order].cases)
         journal = str(self.results.journal_folder(name).resolve())
         cache = os.environ.get(CACHE) or str(Path.home() / ".cache" / "raysys")
-        job = Job(name, method.name, method.settings, requests, journal, cache, self.spec.seed, self.spec.on_refusal)
+        spec = self.spec
+        job = Job(name, method.name, method.settings, requests, journal, cache, spec.seed, spec.on_refusal, spec.name)
         return Streaming(job, method.title, order, self.spec.snapshots)
 
     def show(self) -> None:

@@ -101,7 +101,7 @@ def test_a_token_is_read_where_ray_reads_it_and_closed_to_others(token: Path, mo
 def test_a_token_is_shown_to_who_asks_for_one_and_is_not_sent_on(token: Path) -> None:
     with server({"": (200, "[]")}) as (address, seen):
         found = access.approach(address)
-        assert (found.open, found.headers, len(found.warnings)) == (True, {}, 1)
+        assert (found.token, found.insisted, len(found.warnings)) == (None, False, 1)
         assert seen == [("/api/jobs/", "")]
     with server({"": (200, "[]")}) as (elsewhere, stolen):
         with server({"": (401, ""), "right": (302, f"{elsewhere}/")}) as (address, _), pytest.raises(ValueError):
@@ -109,7 +109,7 @@ def test_a_token_is_shown_to_who_asks_for_one_and_is_not_sent_on(token: Path) ->
         assert stolen == []
     with server({"": (401, ""), "right": (200, "[]")}) as (address, _):
         found = access.approach(address + "/")
-        assert (found.address, found.open, found.warnings) == (address, False, ())
+        assert (found.address, found.insisted, found.warnings) == (address, False, ())
         assert found.headers == {"Authorization": "Bearer right"}
     with server({"": (401, ""), "right": (403, "")}) as (address, _), pytest.raises(ValueError, match="not accept"):
         access.approach(address)
@@ -133,7 +133,7 @@ def test_a_cluster_that_others_can_reach_without_a_token_is_refused_unless_the_u
         "--dashboard-host=0.0.0.0",
         f"--dashboard-port={port}",
     )
-    env = {"RAY_AUTH_MODE": "disabled"}
+    env = {"RAY_AUTH_MODE": "disabled", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     with heads.head(f"--node-ip-address={host}", *options, cpus=1, env=env) as head:
         address = f"{host}:{head.address.rpartition(':')[2]}"
         said = studies.raysys(tmp_path, "run", study.name, f"cluster.address={address}", env=env)
@@ -143,10 +143,15 @@ def test_a_cluster_that_others_can_reach_without_a_token_is_refused_unless_the_u
         said = studies.raysys(tmp_path, "submit", study.name, f"root={tmp_path}/runs", "--address", dashboard, env=env)
         assert (said.returncode, said.stdout) == (2, "")
         assert f"{dashboard} asks for no token" in " ".join(said.stderr.split())
+        tunnel = f"http://127.0.0.1:{port}"  # the dashboard seems to be here: the job sees that the cluster is not
+        said = studies.raysys(tmp_path, "submit", study.name, f"root={tmp_path}/made", "--address", tunnel, env=env)
+        assert said.returncode == 2, said.stdout
+        assert f"the Ray cluster at {address} asks for no token" in " ".join(said.stdout.split())
+        assert not (tmp_path / "made").exists()
         insist = ("--address", dashboard, access.INSIST)
         said = studies.raysys(tmp_path, "status", *insist, env=env)
         assert said.returncode == 0, said.stderr
-        assert "warning" in said.stderr and "no studies were submitted" in said.stdout
+        assert "warning" in said.stderr and "FAILED (exit code 2)" in said.stdout
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")

@@ -196,8 +196,8 @@ def test_a_prometheus_holds_what_a_study_did(watched: Watched) -> None:
     assert watched.total("ray_raysys_tokens_total") == sum(u["tokens"] for u in units)
     by = {key[-1] for key in watched.ask("ray_raysys_items_total")}
     assert by == {u["evaluator"] for u in units}
-    edits = watched.ask("sum by (model, method) (ray_raysys_edits_applied_total)")
-    assert edits == {("model", "rome"): 6, ("model", "ft_m"): 6}
+    edits = watched.ask("sum by (study, model, method) (ray_raysys_edits_applied_total)")
+    assert edits == {("small", "model", "rome"): 6, ("small", "model", "ft_m"): 6}
     assert watched.total("ray_raysys_edit_seconds_count") == 12
     assert watched.total("ray_raysys_edit_seconds_sum") > 0
     assert watched.total("ray_raysys_switch_seconds_count") == len(units)
