@@ -128,13 +128,14 @@ def _wait_for(cpus: float, gpus: float, seconds: float, say: Callable[[str], Non
         time.sleep(1)
 
 
-def ready(refs: Sequence[Any], timeout: float = 1.0) -> list[Any]:
+def ready(refs: list[Any], timeout: float = 1.0) -> list[Any]:
     """All of `refs` that are ready, as soon as one is; none when none is within `timeout` seconds.
 
     A look at many takes as long for one that is ready as for twenty: the more there are, the longer others are given to
     become ready too (0.1 ms for each reference; actors have a call more in hand, and don't wait for us).
     """
-    refs = list(refs)
+    if not refs:
+        time.sleep(timeout / 10)  # nothing can come, but time brings something
     if not refs or not ray.wait(refs, timeout=timeout)[0]:
         return []
     time.sleep(EACH * len(refs))

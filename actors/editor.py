@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ class Editor:
         self.threads, self.journals = threads, journals
         self.model = Model.load(model, dtype, device) if isinstance(model, str) else model
         self.wearer = Wearer(self.model)
+        self.method: Any = None
+        self.memory: Any = None
 
     def __repr__(self) -> str:
         return f"Editor({self.model.name})"
@@ -71,6 +74,8 @@ class Editor:
         self.batch: int = method.batch
         if self.batch < 1:
             raise ValueError(f"method {job.method}: {self.batch} requests at a time; `batch` must be 1 or more")
+        self.method = self.memory = None  # what the stream before had on the device goes first
+        self.patches: tuple[Patch, ...] = ()
         self.method = self._prepared(method, within(place(job.journal).parent, PREPARING), cache)
         dtype = str(self.model.dtype).removeprefix("torch.")
         self.stream = Stream(self.model.digest, dtype, self.method.identity(), job.requests, job.seed, self.threads)
@@ -79,23 +84,27 @@ class Editor:
         if isinstance(self.method, Finishes):
             self.journal.keep_snapshots()
         self.recorded: Iterator[Entry] | None = self.journal.entries()
-        self.patches: tuple[Patch, ...] = ()
-        self.memory: Any = None
         return self.stream
 
     def _prepared(self, method: Any, told: Location, cache: Path | None) -> Any:
         """The method prepared; while something costly is made for it, the file `told` says what and how far it is."""
 
         def tell(what: str, done: int, total: int) -> None:
-            if self.model.leads:
-                write_json(told, {"what": what, "done": done, "total": total})
+            with suppress(OSError):  # a full disk is told by whoever writes what has to be kept
+                if self.model.leads:
+                    write_json(told, {"what": what, "done": done, "total": total})
 
+        def forget() -> None:
+            with suppress(OSError):
+                if self.model.leads:
+                    told.unlink(missing_ok=True)
+
+        forget()  # what an editor before this one left
         try:
             with artifacts.making(tell=tell):
                 return method.prepare(self.model, cache)
         finally:
-            if self.model.leads:
-                told.unlink(missing_ok=True)
+            forget()
 
     def advance(self, edits: int) -> Snapshot:
         """The snapshot after `edits` requests of the stream: steps on record are taken from there, others are made.
@@ -161,7 +170,7 @@ class Editor:
 
 
 def sign(journal: str) -> tuple[int, Any]:
-    """How far the editor of a journal is: the last edit on record, and what it makes before its first edit.
+    """How far the editor of a journal is: the last edit on record, and what it makes before it edits.
 
     A look costs a request in object storage, and is worth no waiting. Raises StorageError.
     """
@@ -170,7 +179,7 @@ def sign(journal: str) -> tuple[int, Any]:
     path = within(folder.parent, PREPARING)
     last = last_edit(folder)
     try:
-        return last, read_json(path) if not last and path.is_file() else None
+        return last, read_json(path) if path.is_file() else None
     except (ValueError, FileNotFoundError):  # gone, or being replaced
         return last, None
 

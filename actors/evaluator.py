@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,10 +63,16 @@ class Evaluator:
         """The machine this runs on and the digest of the base model; also the sign of life after a start."""
         return describe(self.model.device) | {"digest": self.model.digest}
 
-    def score(self, task: Task) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """(unit, scores) as raysys/results.py stores them. Raises ValueError for a snapshot of another model."""
+    def score(
+        self, task: Task, together: AbstractContextManager[None] | None = None
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """(unit, scores) as raysys/results.py stores them. Raises ValueError for a snapshot of another model.
+
+        `together`: within it the model is asked, which may be spread over several processes.
+        """
         started = time.time()
-        block, answers, switched = self.answers(task)
+        with together or nullcontext():
+            block, answers, switched = self.answers(task)
         scores = self._score(task, block, answers)
         ended = time.time()
         metrics.memory(self.model.name, self.name, self.model.device)

@@ -153,9 +153,10 @@ class _Rank:
 class Rank(_Rank):
     """A rank that does what the first one does."""
 
-    def join(self, host: str, port: int) -> None:
-        """Become part of the group whose first rank waits at `host`."""
+    def join(self, host: str, port: int) -> str:
+        """Become part of the group whose first rank waits at `host`; the node that this rank is on."""
         self._begin(dist.TCPStore(host, port, self.size, False, timedelta(seconds=SILENCE)))  # type: ignore[attr-defined]
+        return str(ray.get_runtime_context().get_node_id())
 
     def follow(self, call: str, given: Any) -> None:
         """The first rank's part of `call` is its own affair; this rank does what both must."""
@@ -171,18 +172,19 @@ class First(_Rank):
         host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         limit = timedelta(seconds=SILENCE)
         store = dist.TCPStore(host, 0, self.size, True, limit, wait_for_workers=False)  # type: ignore[attr-defined]
-        with _together([peer.join.remote(host, store.port) for peer in peers]):
+        joining = [peer.join.remote(host, store.port) for peer in peers]
+        with _together(joining):
             self._begin(store)
+        self.nodes: list[str] = ray.get(joining)
 
     def describe(self) -> dict[str, Any]:
         """The machine this runs on and the digest of the base model; also the sign of life after a start."""
         about: dict[str, Any] = self.work.describe()
-        return about | {"ranks": self.size}
+        return about | {"ranks": self.size, "nodes": [about["node"], *self.nodes]}
 
     def score(self, task: Task) -> Any:
         """As `Evaluator.score`."""
-        with self._all("answers", task):
-            return self.work.score(task)
+        return self.work.score(task, self._all("answers", task))
 
     def open(self, job: Job) -> Any:
         """As `Editor.open`."""

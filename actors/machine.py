@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -27,6 +28,12 @@ def describe(device: torch.device) -> dict[str, Any]:
     node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
     about = {"hardware": hardware(device), "host": platform.node(), "pid": os.getpid(), "node": node}
     return about | {"torch": str(torch.__version__)}
+
+
+def nodes(about: Mapping[str, Any]) -> tuple[str, ...]:
+    """The nodes of whoever said `about` in `describe`: several where a model is spread over them."""
+    found = about.get("nodes") or [about.get("node")]
+    return tuple(sorted({node for node in found if node}))
 
 
 def hardware(device: torch.device) -> str:

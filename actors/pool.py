@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +26,7 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError, OwnerDiedErro
 
 from actors.cluster import alive, draining
 from actors.evaluator import Task
-from actors.machine import end, reason_of
+from actors.machine import end, nodes, reason_of
 from actors.waiting import Done, Failed, Memory, Unit, Waiting
 
 IN_FLIGHT = 2  # units an evaluator has: one it runs, one that waits, so that it is never idle
@@ -61,8 +61,8 @@ class _Place:
     answered: bool = False
     starts: int = 0
     errors: int = 0  # units that failed since one succeeded
-    node: str = ""  # that the evaluator runs on
-    leaving: bool = False  # its node is to be taken away: no new units
+    nodes: tuple[str, ...] = ()  # that the evaluator runs on
+    leaving: bool = False  # a node of it is to be taken away: no new units
     since: float = 0.0  # when its oldest unit came first, or when it became idle
     memory: Memory = field(default_factory=Memory)
     busy: OrderedDict[Any, Unit] = field(default_factory=OrderedDict)
@@ -88,6 +88,7 @@ class EvaluatorPool:
         self.about: dict[str, Any] | None = None  # what the first evaluator said of itself
         self.tries: dict[str, int] = {}
         self.moves: dict[str, int] = {}  # unit -> nodes it was lost with
+        self._failed: dict[str, set[int]] = {}  # unit -> numbers of the places where it failed
         self._waiting = Waiting()
         self._open: dict[str, int] = {}  # snapshot -> units not finished
         self._pings: dict[Any, _Place] = {}
@@ -142,7 +143,6 @@ class EvaluatorPool:
         return [*self._pings, *self._running]
 
     def __contains__(self, ref: Any) -> bool:
-        """Whether `ref` is one of `refs`."""
         return ref in self._pings or ref in self._running
 
     def take(self, ref: Any) -> list[Done | Failed]:
@@ -160,7 +160,7 @@ class EvaluatorPool:
         finished = self._hung()
         if time.monotonic() - self._looked > LOOKING:
             self._looked = time.monotonic()
-            self._drain(draining())
+            self._drain(set(draining()))
         self._retire()
         self._resize()
         self._dispatch()
@@ -193,7 +193,7 @@ class EvaluatorPool:
 
     def _begin(self, place: _Place) -> None:
         place.actor = self._start(place.name)
-        place.answered, place.errors, place.node, place.since = False, 0, "", time.monotonic()
+        place.answered, place.errors, place.nodes, place.since = False, 0, (), time.monotonic()
         place.starts += 1
         self._pings[place.actor.describe.remote()] = place
 
@@ -219,7 +219,7 @@ class EvaluatorPool:
             return
         self.places.remove(place)
         self._spoilt += 1
-        if not self.places:
+        if all(p.leaving for p in self.places):
             raise PoolError(f"no evaluator can be started: {reason_of(error)}")
 
     def _pinged(self, ref: Any) -> None:
@@ -229,15 +229,18 @@ class EvaluatorPool:
         except RayError as error:
             self._replace(place, error, self._with_node(place, error))
             return
-        place.answered, place.starts, place.since = True, 0, time.monotonic()
-        place.node = about.get("node", "")
         self.about = self.about or about
+        if about.get("digest") != self.about.get("digest"):
+            self._replace(place, ValueError(f"{about.get('host')} holds another model than the first evaluator has"))
+            return
+        place.answered, place.starts, place.since = True, 0, time.monotonic()
+        place.nodes = nodes(about)
 
-    def _drain(self, nodes: Sequence[str]) -> None:
-        """Evaluators on `nodes`, which are to be taken away: units that wait go elsewhere, the running one may end."""
-        for place in [p for p in self.places if p.node in nodes and not p.leaving]:
+    def _drain(self, going: set[str]) -> None:
+        """Evaluators on nodes that are `going` to be taken away: units that wait go elsewhere, the running may end."""
+        for place in [p for p in self.places if not p.leaving and not going.isdisjoint(p.nodes)]:
             place.leaving = True
-            self.note("node is to leave", evaluator=place.name, node=place.node)
+            self.note("node is to leave", evaluator=place.name, node=", ".join(going.intersection(place.nodes)))
             for ref, unit in list(place.busy.items())[:0:-1]:
                 with suppress(RayError, ValueError, TypeError):
                     ray.cancel(ref)
@@ -245,9 +248,8 @@ class EvaluatorPool:
                 self._waiting.back(unit)
 
     def _retire(self) -> None:
-        """End evaluators that are not needed: on nodes that leave, and beyond what is wanted after idling, or waiting
-        for room, for a while."""
-        now, spare = time.monotonic(), len(self.places) - self._wanted
+        """End evaluators that are not needed: on nodes that leave, and beyond what is wanted after a while idle."""
+        now, spare = time.monotonic(), sum(not p.leaving for p in self.places) - self._wanted
         for place in [p for p in self.places if not p.busy]:
             if place.leaving:
                 self._leave(place)
@@ -268,25 +270,41 @@ class EvaluatorPool:
         """Whether an evaluator was lost because its node was."""
         if isinstance(error, ActorUnavailableError) or getattr(error, "preempted", False):
             return True  # out of reach: an evaluator that dies by itself is reported dead by its node
-        return place.node != "" and not alive(place.node)
+        return not all(map(alive, place.nodes))
 
     # --- units -------------------------------------------------------------------------------------------------------
 
     def _dispatch(self) -> None:
-        """Give every evaluator what it can take; as many as there are suspects are left to run empty first."""
-        kept = 0
-        for place in self.places:
-            if kept < self._waiting.suspects and place.ready:
+        """Give every evaluator what it can take; as many as there are suspects are left to run empty first.
+
+        Nobody gets a second unit while another has none, or starts and would find none.
+        """
+        waiting, kept = self._waiting, list[_Place]()
+        for place in [p for p in self.places if p.ready]:
+            if len(kept) < waiting.suspects:
                 if place.busy:
-                    kept += 1
-                else:
-                    self._give(place, self._waiting.take_suspect(place.memory))
-                continue
-            while place.ready and not any(u.id in self._waiting.alone for u in place.busy.values()):
-                unit = self._waiting.take(place.memory)
-                if unit is None:
-                    break
+                    kept.append(place)
+                elif (unit := waiting.take_suspect(place.memory, self._better_elsewhere(place))) is not None:
+                    self._give(place, unit)
+        for have in range(IN_FLIGHT):
+            for place in [p for p in self.places if p.ready and len(p.busy) == have and p not in kept]:
+                if have and len(waiting) <= self.starting:
+                    return
+                if any(u.id in waiting.alone for u in place.busy.values()):
+                    continue
+                if (unit := waiting.take(place.memory)) is None:
+                    return
                 self._give(place, unit)
+
+    def _better_elsewhere(self, place: _Place) -> Callable[[Unit], bool]:
+        """Whether a unit that failed on `place` has others to be tried on."""
+        able = {p.number for p in self.places if p.answered and not p.leaving}
+
+        def better(unit: Unit) -> bool:
+            failed = self._failed.get(unit.id, set())
+            return place.number in failed and not able <= failed
+
+        return better
 
     def _give(self, place: _Place, unit: Unit) -> None:
         task = Task(
@@ -308,6 +326,7 @@ class EvaluatorPool:
             about, scores = ray.get(ref)
         except RayTaskError as error:
             place.errors += 1
+            self._failed.setdefault(place.busy[ref].id, set()).add(place.number)
             if place.errors >= ERRORS:  # whatever it is given fails: perhaps it is not the units' fault
                 return self._died(place, error)
             unit = self._ends(place, ref)
@@ -375,6 +394,7 @@ class EvaluatorPool:
     def _close(self, unit: Unit) -> None:
         self.tries.pop(unit.id, None)
         self.moves.pop(unit.id, None)
+        self._failed.pop(unit.id, None)
         self._open[unit.snapshot] -= 1
         if not self._open[unit.snapshot]:
             del self._open[unit.snapshot]

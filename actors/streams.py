@@ -18,7 +18,7 @@ from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from actors.cluster import alive
 from actors.editor import Job
-from actors.machine import end, reason_of
+from actors.machine import end, nodes, reason_of
 from raysys.files import place
 from raysys.journal import Journal, Stream
 from raysys.stores import StorageError
@@ -98,7 +98,7 @@ class _Desk:
     def node_gone(self) -> bool:
         """Whether the editor's node was lost, and not just the editor."""
         with suppress(RayError, TimeoutError, TypeError, ValueError):
-            return not alive(ray.get(self.about, timeout=0)["node"])
+            return not all(map(alive, nodes(ray.get(self.about, timeout=0))))
         return False
 
 
@@ -157,11 +157,12 @@ class Streams:
         try:
             answer = ray.get(ref)
         except RayTaskError as error:
-            desk.cell = None
-            cause = error.cause if isinstance(error.cause, Exception) else error
-            if isinstance(cause, StorageError):  # what is full or away for one is so for all
-                raise cause from None
-            return Lost(cell, f"{cause}" if isinstance(cause, ValueError) else f"{type(cause).__name__}: {cause}")
+            if isinstance(error.cause, StorageError):  # what is full or away for one is so for all
+                raise error.cause from None
+            if isinstance(error.cause, ValueError):  # the method says no, and would say it again
+                desk.cell = None
+                return Lost(cell, str(error.cause))
+            return self._died(desk, cell, error)  # perhaps it is the editor's fault, or its machine's
         except RayError as error:
             return self._died(desk, cell, error)
         return self._opened(desk, cell, answer) if value is None else self._made(desk, cell, value)
@@ -215,6 +216,6 @@ class Streams:
         desk.about = desk.actor.describe.remote()
         if cell.deaths >= DEATHS or cell.moves > MOVES:
             desk.cell = None
-            return Lost(cell, f"{cell.deaths + cell.moves} editors died on it: {reason}")
+            return Lost(cell, f"{cell.deaths + cell.moves} editors failed on it: {reason}")
         desk.call = desk.actor.open.options(name=f"open {cell.job.cell} again").remote(cell.job)
         return None

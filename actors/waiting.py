@@ -125,9 +125,15 @@ class Waiting:
         """Put a unit back that has to be tried alone."""
         self._suspects.append(unit)
 
-    def take_suspect(self, memory: Memory) -> Unit:
-        """The next unit that has to be tried alone; it is among those `alone` until it ends."""
-        unit = self._suspects.popleft()
+    def take_suspect(self, memory: Memory, elsewhere: Callable[[Unit], bool]) -> Unit | None:
+        """The next unit that has to be tried alone, but for those that are better tried `elsewhere`; None without one.
+
+        It is among those `alone` until it ends.
+        """
+        unit = next((u for u in self._suspects if not elsewhere(u)), None)
+        if unit is None:
+            return None
+        self._suspects.remove(unit)
         self.alone.add(unit.id)
         self.gives(memory, unit)
         return unit

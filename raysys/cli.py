@@ -120,7 +120,13 @@ def plan(
     study: Study,
     changes: Changes = None,
     gpus: Annotated[
-        str, typer.Option("--gpus", metavar="NxGIB[/N]", help="GPUs on offer: 8x80, or 8x80/4 with four a machine.")
+        str,
+        typer.Option(
+            "--gpus",
+            metavar="NxGB[/N]",
+            help="GPUs on offer: 8x80, or 8x80/4 with four a machine. Sizes that vendors name in GB (24, 40, 48, 80, "
+            "96, 141, 192, 288) count as the GiB that programs find there, any other as GiB.",
+        ),
     ] = "",
     as_json: Json = False,
 ) -> None:

@@ -66,7 +66,7 @@ def held(folder: Location) -> bool:
 
 @contextmanager
 def _leased(path: Remote) -> Iterator[Callable[[], None]]:
-    mine = {"holder": uuid.uuid4().hex, "host": platform.node(), "pid": os.getpid(), "beat": 0}
+    mine = {"holder": uuid.uuid4().hex, "host": platform.node(), "pid": os.getpid(), "space": _space(), "beat": 0}
     _wait(path)
     _write(path, mine)
     time.sleep(min(1.0, BEAT))  # another one that saw it free at the same moment has written by now
@@ -115,7 +115,16 @@ def _wait(path: Remote) -> None:
 def _dead(there: dict[str, Any]) -> bool:
     """Whether the holder was a process of this machine that has ended."""
     pid = there.get("pid")
-    return there.get("host") == platform.node() and isinstance(pid, int) and not Path(f"/proc/{pid}").exists()
+    here = there.get("host") == platform.node() and there.get("space") == _space() != ""
+    return here and isinstance(pid, int) and not Path(f"/proc/{pid}").exists()
+
+
+def _space() -> str:
+    """What a process number means something in: this machine since it was started, and within it this container."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def _read(path: Remote) -> dict[str, Any]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from cluster.placement import GIB, NEEDS, Gpus, Needs, Shape, load, place
 from raysys import names, words
+from raysys.arch import arch
 from raysys.blocks import Block, by_prefix, pack
+from raysys.model import Model
 from raysys.results import Results
 from raysys.shards import splittable
 from raysys.spec import ComponentSpec, StudySpec
@@ -16,6 +19,8 @@ from raysys.tokens import Tokens
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ROWS, TOKENS = 16, 2048  # of a pass, as memory is planned: rows where the study says none, and the longest texts
+WRAPPERS = ("rect", "prune")  # need what the method needs that they are told to wrap
+LOW_RANK = ("lora", "melo")  # need no more for many layers than a method that trains one matrix
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,8 @@ def _place(spec: StudySpec, model: str, gpus: Gpus | None) -> str:
     from raysys.loading import locate
 
     config = AutoConfig.from_pretrained(locate(model), trust_remote_code=False)
-    needs = [_needs(m) for m in spec.methods]
+    outline = Outline(config)
+    needs = [needs_of(m.name, m.settings, outline, spec.edits.count) for m in spec.methods]
     rows, tokens = spec.scoring.rows or ROWS, min(TOKENS, getattr(config, "max_position_embeddings", None) or TOKENS)
     c = spec.cluster
     trunks = int(c.trunk_memory * GIB)
@@ -140,9 +146,42 @@ def _place(spec: StudySpec, model: str, gpus: Gpus | None) -> str:
     return f"{gpus}: {place(config, spec.dtype, methods, gpus, needs=needs, **sizes)}"
 
 
-def _needs(method: ComponentSpec) -> Needs:
-    known, layers = NEEDS.get(method.name, Needs()), method.settings.get("layers")
-    return known.over(len(layers)) if isinstance(layers, (list, tuple)) else known
+class Outline(Model):
+    """A model without weights and without tokenizer: what presets and their rules ask of one."""
+
+    def __init__(self, config: Any) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            self.net = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        self.name, self.config, self.arch = "", config, arch(config)
+
+
+def needs_of(name: str, settings: Mapping[str, Any], model: Model, edits: int) -> Needs:
+    """What the method `name` holds, on as many layers as its settings say, else as its presets for this model do."""
+    if name in WRAPPERS:
+        return needs_of(settings.get("of", "rome"), settings.get("settings", {}), model, edits)
+    if name not in NEEDS:
+        return Needs()
+    if name in LOW_RANK:
+        return NEEDS[name]
+    cls = names.method(name)
+    asked = names.build(cls, settings, f"method {name}")
+    kept = edits if getattr(asked, "earlier_keys", True) else 0  # of those that keep any, MEMIT alone has the choice
+    return NEEDS[name].over(_edited(asked, sys.modules[cls.__module__], model), kept)
+
+
+def _edited(asked: Any, home: Any, model: Model) -> int:
+    """How many layers a method of the module `home` edits, those with a network: how many matrices."""
+    from methods import malmen
+    from methods.parts import presets
+
+    if hasattr(asked, "mlp"):  # MALMEN and RLEdit
+        return len(malmen.modules(malmen.settled(asked, model, home.PRESETS, home.rule), model))
+    settled = presets.settled(asked, model, home.PRESETS, home.rule)
+    several = getattr(settled, "layers", None) or getattr(settled, "modules", None)
+    return len(several) if several else 1
 
 
 def _part(spec: StudySpec, model: str, tokens: Tokens, part: ComponentSpec, selected: dict[int, Any]) -> Part:
@@ -180,7 +219,6 @@ def _weights(model: str, dtype: str) -> Weights:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from raysys.arch import arch
     from raysys.loading import locate
 
     config = AutoConfig.from_pretrained(locate(model), trust_remote_code=False)

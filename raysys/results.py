@@ -129,6 +129,7 @@ class Results:
 
     def write_manifest(self, more: Mapping[str, Any]) -> None:
         """Add to the manifest."""
+        self._still_mine()
         write_json(within(self.folder, "manifest.json"), self.manifest | dict(more))
 
     def note(self, what: str, **details: Any) -> None:
@@ -235,10 +236,12 @@ class Results:
 
     def compact(self) -> None:
         """Join the files of all units into scores.parquet and units.parquet. Safe to interrupt at any point."""
+        self._still_mine()
         files = self._files("units", "*.parquet")
         if not files:
             return
         units, scores = self._unit_rows(), self._score_rows()
+        self._still_mine()  # reading takes long where there is much
         write_table(scores, within(self.folder, "scores.parquet"))
         write_table(units, within(self.folder, "units.parquet"))  # last: `done` believes it
         each(lambda file: file.unlink(), files)
@@ -256,6 +259,7 @@ class Results:
 
     def fail(self, unit: str, about: Mapping[str, Any]) -> None:
         """Record that a unit was given up: cell, edits, benchmark, tries, reason."""
+        self._still_mine()
         write_json(within(self.folder, "failures", f"{unit}.json"), {"unit": unit} | dict(about))
 
     def failures(self) -> list[dict[str, Any]]:

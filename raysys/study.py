@@ -7,7 +7,8 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields
+from contextlib import ExitStack
+from dataclasses import asdict, fields, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -46,8 +47,7 @@ def run(spec: StudySpec, progress: Progress | None = None) -> Results:
     """Run `spec`, or what is missing of it, and return its results.
 
     Raises SpecError for a study that can't run as written, StudyError when it can't go on, StorageError when its
-    results can't be kept (a full disk, storage that is away). Units that keep failing
-    don't end it: they are in `results.failures()`.
+    results can't be kept (a full disk, storage that is away). Units that keep failing are in `results.failures()`.
     """
     progress = progress or quiet()
     edits = {order: select_edits(spec, order) for order in range(spec.orders)}
@@ -88,7 +88,9 @@ def _work(runs: Sequence[_Run], progress: Progress) -> None:
         while waiting or any(r.busy for r in begun):
             if waiting and not any(r.streams.busy for r in begun):
                 begun.append(waiting.popleft())
-                begun[-1].begin()
+                begun[-1].begin(first=len(begun) == 1)
+                for run in waiting if len(begun) == 1 else ():
+                    run.feed()  # now that there is room for it in the cluster
             for run in [r for r in begun if not r.busy]:
                 run.end()
             if not (going := [r for r in begun if r.busy]):
@@ -109,8 +111,9 @@ def _work(runs: Sequence[_Run], progress: Progress) -> None:
                 heard = time.monotonic()
         progress.scored(sum(r.scored for r in begun), sum(r.expected() for r in begun), 0)
     finally:
-        for run in begun:
-            run.end()
+        with ExitStack() as stack:  # all of them, whatever one of them raises
+            for run in begun:
+                stack.callback(run.end)
 
 
 class _Run:
@@ -132,8 +135,8 @@ class _Run:
         self.told = -TELLING  # when it was last said what is being prepared
         self.cells = [self._cell(m, o) for name, m, o in spec.grid() if name == model]
 
-    def begin(self) -> None:
-        """Start editors and evaluators, and read the benchmarks."""
+    def begin(self, first: bool) -> None:
+        """Start editors and, unless those of another model run, evaluators; read the benchmarks."""
         c, spec = self.spec.cluster, self.spec
         about = (self.model, spec.dtype, _device(spec, c.gpus_per_editor), c.threads)
         makers = group.makers(c.tensor_parallel, c.across_nodes) or (editor.start, evaluator.start)
@@ -145,8 +148,10 @@ class _Run:
                         gpus=c.gpus_per_evaluator, trunk_memory=c.trunk_memory, drafts=c.drafts,
                         softmax=spec.scoring.softmax)  # fmt: skip
         self.limits = Limits(fewest=c.fewest, most=c.most, retries=c.retries, idle=c.idle, stall=c.stall)
-        self.pool = EvaluatorPool(begin, self.limits, self.metrics.note)
-        self._feed()
+        limits = self.limits if first else replace(self.limits, fewest=0, most=0)  # until they are shared out
+        self.pool = EvaluatorPool(begin, limits, self.metrics.note)
+        if first:
+            self.feed()
         self.progress.start({cell.job.cell: spec.snapshots[-1] for cell in self.cells}, self.expected())
 
     @property
@@ -171,7 +176,7 @@ class _Run:
             if part is not None:
                 part.close()
 
-    def _feed(self) -> None:
+    def feed(self) -> None:
         """Blocks of all benchmarks, and of the probes of every edit order."""
         spec = self.spec
         sources = [s for b in spec.benchmarks for s in self._sources(b)]
@@ -320,16 +325,12 @@ class _Run:
 
     def show(self) -> None:
         """How far every cell is edited; an editor that gets no further is replaced. Looks into the run folder."""
-        signs = {cell.job.cell: self._sign(cell.job) for cell in self.cells}
+        signs = {cell.job.cell: self.signs.of(cell.job.journal) for cell in self.cells}
         for cell, (edited, told) in zip(self.cells, signs.values(), strict=True):
             self.progress.edited(cell.job.cell, edited)
             self._preparing(cell.job, told)
         if lost := self.streams.watch(lambda job: signs[job.cell]):
             self._lost(lost)
-
-    def _sign(self, job: Job) -> tuple[int, Any]:
-        """How far an editor is: the last edit in its journal, and what it makes before its first edit."""
-        return self.signs.of(job.journal)
 
     def _preparing(self, job: Job, told: Any) -> None:
         """Say what an editor makes before its first edit, and every few seconds how far that is."""

@@ -20,14 +20,15 @@ from actors.waiting import Done, Failed, Unit
 
 
 class Waits:
-    """Its benchmark says what a unit does to it: "0.5" (seconds), "kill", "raise", "hang", or a file it waits for."""
+    """Its benchmark says what a unit does to it: "0.5" (seconds), "kill", "raise", "hang", or a file it waits for;
+    "not evaluator-0" raises on that one alone."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, digest: str = "d") -> None:
+        self.name, self.digest = name, digest
 
     def describe(self) -> dict[str, Any]:
         """As an evaluator's."""
-        return describe(torch.device("cpu"))
+        return describe(torch.device("cpu")) | {"digest": self.digest}
 
     def score(self, task: Task) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """(who, where) and no scores."""
@@ -35,7 +36,10 @@ class Waits:
             os.kill(os.getpid(), signal.SIGKILL)
         if task.name == "raise":
             raise ArithmeticError("it can't be scored")
-        if task.name.startswith("/"):
+        if task.name.startswith("not "):
+            if task.name.endswith(self.name.partition(".")[0]):
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        elif task.name.startswith("/"):
             while not Path(task.name).exists():
                 time.sleep(0.02)
         else:
@@ -44,9 +48,9 @@ class Waits:
         return {"unit": task.unit, "evaluator": self.name, "node": node, "pid": os.getpid()}, []
 
 
-def start(name: str, cpus: int = 1) -> Any:
+def start(name: str, cpus: int = 1, digest: str = "d") -> Any:
     """One as an actor."""
-    return as_actor(Waits, f"light-{os.urandom(4).hex()}:{name}", cpus, 0).remote(name)
+    return as_actor(Waits, f"light-{os.urandom(4).hex()}:{name}", cpus, 0).remote(name, digest)
 
 
 def units(names: Iterable[str], snapshot: str = "s") -> list[Unit]:

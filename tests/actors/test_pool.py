@@ -79,6 +79,42 @@ def test_a_unit_that_kills_whoever_takes_it_is_given_up_and_the_others_are_score
     assert not pool.tries and not pool.moves  # nothing is kept of units that are over
 
 
+@pytest.mark.parametrize("pool", [{"fewest": 2}], indirect=True)
+def test_nobody_has_two_units_while_another_has_none(pool: EvaluatorPool, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    light.work(pool, until=lambda: not pool.starting)
+    pool.submit(light.units([str(gate)] * 2))
+    assert [len(p.busy) for p in pool.places] == [1, 1]
+    pool.submit(light.units([str(gate)] * 2, "t"))
+    assert [len(p.busy) for p in pool.places] == [2, 2]
+    gate.touch()
+    assert len(light.work(pool)) == 4
+
+
+@pytest.mark.parametrize("pool", [{"fewest": 2}], indirect=True)
+def test_a_bad_evaluator_fails_no_unit_that_another_can_score(pool: EvaluatorPool, events: list[Any]) -> None:
+    light.work(pool, until=lambda: not pool.starting)
+    pool.submit(light.units(["not evaluator-0"] * 12))
+    finished = light.work(pool)
+    assert len(finished) == 12 and all(isinstance(f, Done) for f in finished)
+    assert {f.about["evaluator"] for f in finished if isinstance(f, Done)} == {"evaluator-1"}
+    again = [e["unit"] for e in told(events, "unit tried again")]
+    assert again and len(set(again)) == len(again)
+
+
+@pytest.mark.parametrize("pool", [{"fewest": 2}], indirect=True)
+def test_an_evaluator_with_another_model_is_not_asked(pool: EvaluatorPool, events: list[Any]) -> None:
+    light.work(pool, until=lambda: not pool.starting)
+    pool._start = lambda name: light.start(name, digest="other")
+    ray.kill(pool.places[1].actor)
+    pool.submit(light.units(["0.3"] * 6))
+    finished = light.work(pool)
+    assert len(finished) == 6 and all(isinstance(f, Done) for f in finished)
+    light.work(pool, until=lambda: not pool.starting)
+    assert pool.size == 1
+    assert any("holds another model" in e["reason"] for e in told(events, "evaluator lost"))
+
+
 @pytest.mark.parametrize("pool", [{"stall": 2.0, "retries": 0}], indirect=True)
 def test_an_evaluator_that_hangs_is_killed_and_replaced(pool: EvaluatorPool, events: list[Any]) -> None:
     pool.submit(light.units(["hang", "0.05", "0.05", "0.05"]))
@@ -111,7 +147,7 @@ def test_a_node_that_is_to_leave_gets_no_new_unit(
     gate = tmp_path / "gate"
     pool.submit(light.units([str(gate)] * 4 + ["0.1"] * 8))
     light.work(pool, until=lambda: pool.busy == 2)
-    doomed = next(p.node for p in pool.places if p.number == 0)
+    doomed = next(p.nodes[0] for p in pool.places if p.number == 0)
     notice(nodes, doomed)
     light.work(pool, until=lambda: bool(told(events, "node is to leave")))
     gate.touch()

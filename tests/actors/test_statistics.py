@@ -145,10 +145,10 @@ def test_a_study_passes_on_what_an_editor_makes(tmp_path: Path) -> None:
     run: Any = object.__new__(study._Run)
     run.told, run.progress, run.signs = -study.TELLING, SimpleNamespace(note=said.append), Signs()
     job: Any = SimpleNamespace(cell="cell", journal=str(tmp_path / "journal"))
-    run._preparing(job, run._sign(job)[1])
+    run._preparing(job, run.signs.of(job.journal)[1])
     (tmp_path / PREPARING).write_text('{"what": "second moments", "done": 256, "total": 1000}')
-    run._preparing(job, run._sign(job)[1])
-    run._preparing(job, run._sign(job)[1])  # not again so soon
+    run._preparing(job, run.signs.of(job.journal)[1])
+    run._preparing(job, run.signs.of(job.journal)[1])  # not again so soon
     assert said == ["cell: second moments, 256 done (once; it is kept in the cache)"]
 
 

@@ -2,7 +2,9 @@
 
 Sources: KubeRay's API reference, package ray.io/v1 (https://ray-project.github.io/kuberay/reference/api/; fields and
 enumerations of RayClusterSpec, RayJobSpec, HeadGroupSpec, WorkerGroupSpec, AutoscalerOptions, AuthOptions, as of
-v1.5.1), and Kubernetes' API reference, core/v1 (PodTemplateSpec, PodSpec, Container, Volume, PersistentVolumeClaim).
+v1.5.1), Kubernetes' API reference, core/v1 (PodTemplateSpec, PodSpec, Container, SecurityContext, PodSecurityContext,
+Volume, PersistentVolumeClaim), and the Prometheus operator's, monitoring.coreos.com/v1 (PodMonitorSpec,
+PodMetricsEndpoint; https://prometheus-operator.dev/docs/api-reference/api/).
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ RESOURCES = thing(requests=QUANTITIES, limits=QUANTITIES)
 METADATA = thing("name", name=NAME, namespace=NAME, labels=TEXTS, annotations=TEXTS)
 SOURCE = thing(secretKeyRef=thing("name key", name=NAME, key=TEXT))
 CONTAINER = thing(
-    "name image", name=NAME, image=TEXT, imagePullPolicy=one_of("Always", "IfNotPresent", "Never"), resources=RESOURCES,
+    "name image", name=NAME, image=TEXT, command=many(TEXT), args=many(TEXT),
+    securityContext=thing(runAsUser=COUNT, runAsGroup=COUNT, runAsNonRoot=FLAG),
+    imagePullPolicy=one_of("Always", "IfNotPresent", "Never"), resources=RESOURCES,
     env=many(thing("name", name=TEXT, value=TEXT, valueFrom=SOURCE)),
     ports=many(thing("containerPort", name=NAME, containerPort=COUNT)),
     volumeMounts=many(thing("name mountPath", name=NAME, mountPath=TEXT, readOnly=FLAG)),
@@ -49,7 +53,9 @@ TOLERATION = thing(
     effect=one_of("NoSchedule", "NoExecute", "PreferNoSchedule"),
 )  # fmt: skip
 POD = thing(
-    "containers", containers=many(CONTAINER), volumes=many(VOLUME), nodeSelector=TEXTS, tolerations=many(TOLERATION),
+    "containers", containers=many(CONTAINER), initContainers=many(CONTAINER),
+    securityContext=thing(fsGroup=COUNT, fsGroupChangePolicy=one_of("OnRootMismatch", "Always")),
+    volumes=many(VOLUME), nodeSelector=TEXTS, tolerations=many(TOLERATION),
     terminationGracePeriodSeconds=COUNT, serviceAccountName=NAME,
 )  # fmt: skip
 TEMPLATE = thing("spec", metadata=thing(labels=TEXTS, annotations=TEXTS), spec=POD)
@@ -76,6 +82,10 @@ JOB = thing(
     shutdownAfterJobFinishes=FLAG, ttlSecondsAfterFinished=COUNT, rayClusterSpec=CLUSTER, suspend=FLAG,
     entrypointNumCpus={"type": "number"}, entrypointNumGpus={"type": "number"},
 )  # fmt: skip
+MONITOR = thing(
+    "selector podMetricsEndpoints", selector=thing(matchLabels=TEXTS), namespaceSelector=thing(any=FLAG),
+    podMetricsEndpoints=many(thing("port", port=NAME, path=TEXT, interval={"type": "string", "pattern": "^[0-9]+s$"})),
+)  # fmt: skip
 CLAIM = thing(
     "accessModes resources", accessModes=many(one_of("ReadWriteMany")), storageClassName=TEXT,
     resources=thing("requests", requests=QUANTITIES),
@@ -90,5 +100,6 @@ def whole(kind: str, version: str, spec: dict[str, Any]) -> dict[str, Any]:
 SCHEMAS = {
     "RayCluster": whole("RayCluster", "ray.io/v1", CLUSTER),
     "RayJob": whole("RayJob", "ray.io/v1", JOB),
+    "PodMonitor": whole("PodMonitor", "monitoring.coreos.com/v1", MONITOR),
     "PersistentVolumeClaim": whole("PersistentVolumeClaim", "v1", CLAIM),
 }

@@ -179,7 +179,7 @@ def test_plan_counts_what_the_study_would_do(here: Path, model_folder: Callable[
     assert "a rank-one edit" in call("plan", "study.toml").stdout
     on_offer = json.loads(call("plan", "study.toml", "--gpus", "1x24", "--json").stdout)["places"]
     [place] = on_offer.values()  # of a GPU that evaluators share; each may keep 2 GiB of what edits don't change
-    assert place.startswith("1 x 24 GiB: evaluators = 3, gpus_per_evaluator = 0.25")
+    assert place.startswith("1 x 24 GB (22 GiB each): evaluators = 3, gpus_per_evaluator = 0.25")
     too_small = json.loads(call("plan", "study.toml", "--gpus", "1x1", "--json").stdout)["places"]
     assert "what would do: " in next(iter(too_small.values()))
     assert "count x GiB" in fails("plan", "study.toml", "--gpus", "8")
