@@ -148,6 +148,19 @@ def alive(node: str) -> bool:
     return any(n["NodeID"] == node and n["Alive"] for n in ray.nodes())  # type: ignore[no-untyped-call]
 
 
+def runs(actor: Any) -> bool:
+    """Whether an actor's process is there, though it may still be getting ready; not while it waits for room.
+
+    Ray has no public word for it: where there is none, nobody is taken to hang while getting ready.
+    """
+    try:
+        from ray._private.state import actors
+
+        return bool(actors(actor._actor_id.hex()).get("Pid"))
+    except (ImportError, AttributeError, KeyError, RayError, RuntimeError):
+        return False
+
+
 def draining() -> list[str]:
     """Hex ids of nodes that are to be taken away (a spot machine that was given notice, an idle one).
 

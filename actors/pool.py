@@ -15,21 +15,19 @@ behind it, and only a death alone is held against a unit.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, ObjectLostError, OwnerDiedError, RayError, RayTaskError
 
-from actors.cluster import alive, draining
+from actors.cluster import alive, draining, runs
 from actors.evaluator import Task
 from actors.machine import end, nodes, reason_of
-from actors.waiting import Done, Failed, Memory, Unit, Waiting
+from actors.places import IN_FLIGHT, LOADING, Limits, Place
+from actors.waiting import Done, Failed, Unit, Waiting
 
-IN_FLIGHT = 2  # units an evaluator has: one it runs, one that waits, so that it is never idle
 ERRORS = 3  # units that may fail on an evaluator one after another before it is replaced
 STARTS = 3  # attempts to start an evaluator before its place is given up
 MOVES = 30  # nodes that a unit may be lost with
@@ -40,43 +38,6 @@ class PoolError(RuntimeError):
     """No evaluator can be started; the message says why."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """`fewest` to `most` evaluators; `retries` of a unit; seconds that one may be idle, and work on a single unit."""
-
-    fewest: int
-    most: int
-    retries: int = 3
-    idle: float = 60.0
-    stall: float = 3600.0
-
-
-@dataclass
-class _Place:
-    """One evaluator's place in the pool: who holds it now, and what it works on, oldest first."""
-
-    number: int
-    life: int = 0
-    actor: Any = None
-    answered: bool = False
-    starts: int = 0
-    errors: int = 0  # units that failed since one succeeded
-    nodes: tuple[str, ...] = ()  # that the evaluator runs on
-    leaving: bool = False  # a node of it is to be taken away: no new units
-    since: float = 0.0  # when its oldest unit came first, or when it became idle
-    memory: Memory = field(default_factory=Memory)
-    busy: OrderedDict[Any, Unit] = field(default_factory=OrderedDict)
-
-    @property
-    def name(self) -> str:
-        return f"evaluator-{self.number}" + (f".{self.life}" if self.life else "")
-
-    @property
-    def ready(self) -> bool:
-        """Whether it takes another unit."""
-        return self.answered and not self.leaving and len(self.busy) < IN_FLIGHT
-
-
 class EvaluatorPool:
     """Evaluators made by `start(name)`. Give it units, wait on `refs`, hand ready ones to `take`; `tick` often."""
 
@@ -84,15 +45,15 @@ class EvaluatorPool:
         self, start: Callable[[str], Any], limits: Limits, note: Callable[..., None] = lambda *a, **k: None
     ) -> None:
         self._start, self.limits, self.note = start, limits, note
-        self.places: list[_Place] = []
+        self.places: list[Place] = []
         self.about: dict[str, Any] | None = None  # what the first evaluator said of itself
         self.tries: dict[str, int] = {}
         self.moves: dict[str, int] = {}  # unit -> nodes it was lost with
         self._failed: dict[str, set[int]] = {}  # unit -> numbers of the places where it failed
         self._waiting = Waiting()
         self._open: dict[str, int] = {}  # snapshot -> units not finished
-        self._pings: dict[Any, _Place] = {}
-        self._running: dict[Any, _Place] = {}
+        self._pings: dict[Any, Place] = {}
+        self._running: dict[Any, Place] = {}
         self._numbers = 0
         self._spoilt = 0  # places given up
         self._looked = 0.0
@@ -161,6 +122,8 @@ class EvaluatorPool:
         if time.monotonic() - self._looked > LOOKING:
             self._looked = time.monotonic()
             self._drain(set(draining()))
+            for place in [p for p in self._pings.values() if not p.begun and runs(p.actor)]:
+                place.begun = time.monotonic()
         self._retire()
         self._resize()
         self._dispatch()
@@ -186,18 +149,19 @@ class EvaluatorPool:
         """Start what is missing."""
         staying = sum(not p.leaving for p in self.places)
         for _ in range(self._wanted - staying):
-            place = _Place(self._numbers)
+            place = Place(self._numbers)
             self._numbers += 1
             self.places.append(place)
             self._begin(place)
 
-    def _begin(self, place: _Place) -> None:
+    def _begin(self, place: Place) -> None:
         place.actor = self._start(place.name)
-        place.answered, place.errors, place.nodes, place.since = False, 0, (), time.monotonic()
+        place.answered, place.errors, place.nodes = False, 0, ()
+        place.begun, place.since = 0.0, time.monotonic()
         place.starts += 1
         self._pings[place.actor.describe.remote()] = place
 
-    def _leave(self, place: _Place) -> None:
+    def _leave(self, place: Place) -> None:
         """End an evaluator for good."""
         end(place.actor)
         self._waiting.forget(place.memory)
@@ -205,7 +169,7 @@ class EvaluatorPool:
         for ref in [r for r, p in self._pings.items() if p is place]:
             del self._pings[ref]
 
-    def _replace(self, place: _Place, error: Exception, innocent: bool = False) -> None:
+    def _replace(self, place: Place, error: Exception, innocent: bool = False) -> None:
         """A new evaluator in place of a lost one; `innocent`: it went with its node, which is no failed start."""
         self.note("node lost" if innocent else "evaluator lost", evaluator=place.name, reason=reason_of(error))
         end(place.actor)
@@ -259,14 +223,19 @@ class EvaluatorPool:
                 spare -= 1
 
     def _hung(self) -> list[Done | Failed]:
-        """Kill evaluators that have worked on one unit for longer than any unit may take."""
+        """Kill evaluators that work on one unit, or get ready, for longer than either may take."""
         finished: list[Done | Failed] = []
+        patience = max(LOADING, self.limits.stall)
+        for ref, place in list(self._pings.items()):
+            if place.begun and time.monotonic() - place.begun > patience:
+                del self._pings[ref]
+                self._replace(place, TimeoutError(f"not ready after {patience:g} s; it was killed"))
         for place in [p for p in self.places if p.busy and time.monotonic() - p.since > self.limits.stall]:
             finished += self._died(place, TimeoutError(f"no result for {self.limits.stall:g} s; it was killed"))
         return finished
 
     @staticmethod
-    def _with_node(place: _Place, error: Exception) -> bool:
+    def _with_node(place: Place, error: Exception) -> bool:
         """Whether an evaluator was lost because its node was."""
         if isinstance(error, ActorUnavailableError) or getattr(error, "preempted", False):
             return True  # out of reach: an evaluator that dies by itself is reported dead by its node
@@ -279,7 +248,7 @@ class EvaluatorPool:
 
         Nobody gets a second unit while another has none, or starts and would find none.
         """
-        waiting, kept = self._waiting, list[_Place]()
+        waiting, kept = self._waiting, list[Place]()
         for place in [p for p in self.places if p.ready]:
             if len(kept) < waiting.suspects:
                 if place.busy:
@@ -296,7 +265,7 @@ class EvaluatorPool:
                     return
                 self._give(place, unit)
 
-    def _better_elsewhere(self, place: _Place) -> Callable[[Unit], bool]:
+    def _better_elsewhere(self, place: Place) -> Callable[[Unit], bool]:
         """Whether a unit that failed on `place` has others to be tried on."""
         able = {p.number for p in self.places if p.answered and not p.leaving}
 
@@ -306,7 +275,7 @@ class EvaluatorPool:
 
         return better
 
-    def _give(self, place: _Place, unit: Unit) -> None:
+    def _give(self, place: Place, unit: Unit) -> None:
         task = Task(
             unit.id, unit.snapshot, [unit.value()], [unit.work.table], unit.work.row,
             unit.work.benchmark, unit.name, unit.settings, unit.depth,
@@ -341,13 +310,13 @@ class EvaluatorPool:
         self._close(unit)
         return [Done(unit, about, scores)]
 
-    def _ends(self, place: _Place, ref: Any) -> Unit:
+    def _ends(self, place: Place, ref: Any) -> Unit:
         place.since = time.monotonic()
         unit = place.busy.pop(ref)
         self._waiting.alone.discard(unit.id)
         return unit
 
-    def _died(self, place: _Place, error: Exception) -> list[Done | Failed]:
+    def _died(self, place: Place, error: Exception) -> list[Done | Failed]:
         """What was not finished goes back. A unit that was there alone loses a try; several are suspects first.
 
         One that hangs is the oldest: it loses a try whoever waits behind it.

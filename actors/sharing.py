@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from actors.pool import EvaluatorPool, Limits
+from actors.places import Limits
+from actors.pool import EvaluatorPool
 
 
 def share(pools: Sequence[EvaluatorPool], limits: Limits) -> None:

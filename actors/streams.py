@@ -16,9 +16,10 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
-from actors.cluster import alive
+from actors.cluster import alive, runs
 from actors.editor import Job
 from actors.machine import end, nodes, reason_of
+from actors.places import LOADING
 from raysys.files import place
 from raysys.journal import Journal, Stream
 from raysys.stores import StorageError
@@ -172,13 +173,15 @@ class Streams:
         for desk in self.desks:
             if desk.call is None or desk.cell is None:
                 continue
-            if not ray.wait([desk.about], timeout=0)[0]:  # it waits for room in the cluster, or loads its model
+            answered = bool(ray.wait([desk.about], timeout=0)[0])
+            patience = self.stall if answered else max(LOADING, self.stall)
+            if not answered and not runs(desk.actor):  # it waits for room in the cluster
                 desk.since = time.monotonic()
             elif (now := sign(desk.cell.job)) != desk.sign:
                 desk.sign, desk.since = now, time.monotonic()
-            elif time.monotonic() - desk.since > self.stall:
+            elif time.monotonic() - desk.since > patience:
                 cell, desk.call, desk.value = desk.cell, None, None
-                return self._died(desk, cell, TimeoutError(f"no progress for {self.stall:g} s; it was killed"))
+                return self._died(desk, cell, TimeoutError(f"no progress for {patience:g} s; it was killed"))
         return None
 
     def close(self) -> None:

@@ -18,7 +18,8 @@ from actors import editor, evaluator, group, metrics
 from actors.cluster import NoResources, cluster, ready, wait_for
 from actors.editor import Job
 from actors.feed import Source, Work, feed
-from actors.pool import EvaluatorPool, Limits, PoolError
+from actors.places import Limits
+from actors.pool import EvaluatorPool, PoolError
 from actors.sharing import share
 from actors.signs import Signs
 from actors.streams import Lost, Made, Opened, Streaming, Streams

@@ -27,7 +27,8 @@ from actors.cluster import ready
 from actors.evaluator import Task
 from actors.feed import Work
 from actors.machine import describe
-from actors.pool import EvaluatorPool, Limits
+from actors.places import Limits
+from actors.pool import EvaluatorPool
 from actors.waiting import Done, Unit
 from raysys.results import Results
 from raysys.saving import Saver

@@ -13,7 +13,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from actors import pool as pools
-from actors.pool import EvaluatorPool, Limits, PoolError
+from actors.places import Limits
+from actors.pool import EvaluatorPool, PoolError
 from actors.waiting import Done, Failed
 from tests.actors import light
 
@@ -125,6 +126,23 @@ def test_an_evaluator_that_hangs_is_killed_and_replaced(pool: EvaluatorPool, eve
     assert "no result for 2 s" in told(events, "evaluator lost")[0]["reason"]
 
 
+@pytest.mark.parametrize("pool", [{"stall": 10.0}], indirect=True)
+def test_one_that_hangs_while_it_gets_ready_is_replaced_and_one_that_waits_for_room_is_not(
+    pool: EvaluatorPool, events: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pools, "LOOKING", 0.1)
+    monkeypatch.setattr(pools, "LOADING", 10.0)
+    elsewhere = {"evaluator-0": on("room that comes late", "evaluator-0")}
+    pool._start = lambda name: (
+        elsewhere.get(name) or ray.remote(Hangs if name == "evaluator-1" else light.Waits).remote(name)
+    )
+    pool.submit(light.units(["0.05", "0.05"]))
+    finished = light.work(pool)
+    assert len(finished) == 2 and all(isinstance(f, Done) for f in finished)
+    assert [e["evaluator"] for e in told(events, "evaluator lost")] == ["evaluator-1"]
+    assert "not ready after 10 s" in told(events, "evaluator lost")[0]["reason"]
+
+
 @pytest.mark.parametrize("pool", [{"retries": 0}], indirect=True)
 def test_what_is_lost_with_a_node_is_no_failure(nodes: Any, pool: EvaluatorPool, events: list[Any]) -> None:
     node = nodes.add_node(num_cpus=2, resources={"spot": 2})
@@ -167,6 +185,13 @@ def test_evaluators_that_can_not_start_end_the_study_with_a_reason(pool: Evaluat
     pool.submit(light.units(["0.1"]))
     with pytest.raises(PoolError, match=r"no evaluator can be started: .*no weights here"):
         light.work(pool)
+
+
+class Hangs(light.Waits):
+    """Never gets ready."""
+
+    def __init__(self, name: str) -> None:
+        time.sleep(1000)
 
 
 class Broken:
