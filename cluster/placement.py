@@ -42,9 +42,10 @@ RANK = 1920  # of the two factors of MEND's transforms (methods/parts/hypernet.p
 
 @dataclass(frozen=True, kw_only=True)
 class Gpus:
-    """What is on offer: `count` GPUs of `gib` GiB each, `per_node` of them in one machine; `gb`: a vendor's word for
+    """What is on offer: `count` GPUs of `gib` GiB each, `per_node` of them in one machine.
 
-    their size, 0 where they have been measured or are of no known size."""
+    `gb`: a vendor's word for their size, 0 where they have been measured or are of no known size.
+    """
 
     count: int
     gib: float
