@@ -101,9 +101,9 @@ class Words:
 
 
 @contextmanager
-def cluster() -> Iterator[None]:
+def cluster(cpus: int = 8) -> Iterator[None]:
     """A Ray cluster of our own in this process; what is in the environment now reaches its actors."""
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         yield
     finally:
