@@ -26,7 +26,7 @@ JOB_EXITS = (
     "away; 4 the job was stopped; 130 interrupted here, the job goes on."
 )
 STOPPED = 4
-SECRETS = {"TOKEN", "SECRET", "PASS", "PAS", "PASSWORD", "PASSWD", "PWD", "CREDENTIAL", "KEY", "PAT"}  # in names
+SECRETS = {"TOKEN", "SECRET", "PASS", "PASSWORD", "PASSWD", "PWD", "CREDENTIAL", "KEY", "PAT"}  # in names
 
 jobs = typer.Typer()
 
@@ -228,7 +228,7 @@ def _variables(given: Iterable[str]) -> dict[str, str]:
 def _secret(name: str) -> bool:
     """Whether a variable of this name is likely to hold a secret; one that names a file does not."""
     words = re.split(r"_|(?<=API)(?=KEY)", name)
-    return words[-1] not in ("PATH", "FILE") and not SECRETS.isdisjoint(w.removesuffix("S") for w in words)
+    return words[-1] not in ("PATH", "FILE") and any({w, w.removesuffix("S")} & SECRETS for w in words)
 
 
 def _hub_token() -> str:

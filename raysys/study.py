@@ -90,8 +90,9 @@ def _work(runs: Sequence[_Run], progress: Progress) -> None:
             if waiting and not any(r.streams.busy for r in begun):
                 begun.append(waiting.popleft())
                 begun[-1].begin(first=len(begun) == 1)
-                for run in waiting if len(begun) == 1 else ():
-                    run.feed()  # now that there is room for it in the cluster
+                if len(begun) == 1:
+                    for run in waiting:
+                        run.feed()  # now that there is room for it in the cluster
             for run in [r for r in begun if not r.busy]:
                 run.end()
             if not (going := [r for r in begun if r.busy]):
