@@ -128,6 +128,11 @@ def _wait_for(cpus: float, gpus: float, seconds: float, say: Callable[[str], Non
         time.sleep(1)
 
 
+def gpus_there() -> float:
+    """GPUs that the cluster has now, taken or not."""
+    return float(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
+
+
 def ready(refs: list[Any], timeout: float = 1.0) -> list[Any]:
     """All of `refs` that are ready, as soon as one is; none when none is within `timeout` seconds.
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from actors.feed import Work
+if TYPE_CHECKING:
+    from actors.feed import Work  # by name alone: actors that score need no Ray Data
 
 LOOK = 64  # units at the head of a queue among which one is looked for whose block is known
 

@@ -77,7 +77,7 @@ def _faults(study: str, changes: Sequence[str]) -> list[str]:
 
     spec = StudySpec.load(study, changes)
     from actors import preflight
-    from raysys.study import needs
+    from raysys.resources import needs
 
     return preflight.room(*needs(spec), _say) + preflight.reach(spec.root, spec.models, _say)
 

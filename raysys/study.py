@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from actors import editor, evaluator, group, metrics
-from actors.cluster import NoResources, cluster, ready, wait_for
+from actors.cluster import NoResources, cluster, gpus_there, ready, wait_for
 from actors.editor import Job
 from actors.feed import Source, Work, feed
 from actors.places import Limits
@@ -28,6 +28,7 @@ from raysys import names
 from raysys.files import content_hash
 from raysys.manifest import manifest
 from raysys.progress import Progress, quiet
+from raysys.resources import device, logical_cpus, needs, unused
 from raysys.results import Results
 from raysys.saving import Saver
 from raysys.shards import splittable
@@ -66,11 +67,13 @@ def run(spec: StudySpec, progress: Progress | None = None) -> Results:
         results.write_manifest(manifest(spec))
         try:
             cpus, gpus, bundles = needs(spec)
-            own = max(_cpus(spec, spec.cluster.most), os.cpu_count() or 1)
+            own = max(logical_cpus(spec, spec.cluster.most), os.cpu_count() or 1)
             with cluster(spec.cluster.address, own, spec.cluster.dashboard) as dashboard:
                 if dashboard:
                     progress.note(f"Ray dashboard: http://{dashboard}")
                 wait_for(cpus, gpus, spec.cluster.wait, progress.note, bundles)
+                if idle := unused(spec, gpus_there()):
+                    progress.warn(idle)
                 _work([_Run(spec, model, edits, results, progress) for model in spec.models], progress)
         except (PoolError, NoResources) as error:
             raise StudyError(str(error)) from error
@@ -140,12 +143,12 @@ class _Run:
     def begin(self, first: bool) -> None:
         """Start editors and, unless those of another model run, evaluators; read the benchmarks."""
         c, spec = self.spec.cluster, self.spec
-        about = (self.model, spec.dtype, _device(spec, c.gpus_per_editor), c.threads)
+        about = (self.model, spec.dtype, device(spec, c.gpus_per_editor), c.threads)
         makers = group.makers(c.tensor_parallel, c.across_nodes) or (editor.start, evaluator.start)
         start = partial(makers[0], model=about[0], dtype=about[1], device=about[2], threads=about[3],
                         gpus=c.gpus_per_editor)  # fmt: skip
         self.streams = Streams(start, c.editors, self.cells, self.metrics.note, c.stall)
-        about = (self.model, spec.dtype, _device(spec, c.gpus_per_evaluator), c.threads)
+        about = (self.model, spec.dtype, device(spec, c.gpus_per_evaluator), c.threads)
         begin = partial(makers[1], model=about[0], dtype=about[1], device=about[2], threads=about[3],
                         gpus=c.gpus_per_evaluator, trunk_memory=c.trunk_memory, drafts=c.drafts,
                         softmax=spec.scoring.softmax)  # fmt: skip
@@ -368,33 +371,3 @@ def select_edits(spec: StudySpec, order: int) -> Selected:
     except (ValueError, OSError) as error:
         raise SpecError(str(error)) from error
     return Selected(chosen.cases, chosen.dropped, held_out)
-
-
-def needs(spec: StudySpec) -> tuple[float, float, list[dict[str, float]]]:
-    """Logical CPUs and GPUs that a study can't do without, and what of them must be on one node each."""
-    gpus = spec.cluster.fewest * spec.cluster.gpus_per_evaluator + spec.cluster.gpus_per_editor
-    return _cpus(spec), gpus, _bundles(spec)
-
-
-def _cpus(spec: StudySpec, evaluators: int | None = None) -> int:
-    """Logical CPUs that a study holds: its actors (the fewest evaluators unless told), and two for Ray Data."""
-    evaluators = spec.cluster.fewest if evaluators is None else evaluators
-    return (evaluators + spec.cluster.editors) * spec.cluster.threads * spec.cluster.tensor_parallel + 2
-
-
-def _bundles(spec: StudySpec) -> list[dict[str, float]]:
-    """What each actor needs on a node, of those that a study can't do without; and a place for Ray Data."""
-    c = spec.cluster
-
-    def share(gpus: float) -> list[dict[str, float]]:
-        parts = c.tensor_parallel if c.across_nodes else 1
-        cpus = float(c.threads * c.tensor_parallel)
-        return [{"CPU": cpus / parts} | ({"GPU": gpus / parts} if gpus else {})] * parts
-
-    return share(c.gpus_per_editor) + share(c.gpus_per_evaluator) * c.fewest + [{"CPU": 1.0}] * 2
-
-
-def _device(spec: StudySpec, gpus: float) -> str:
-    if spec.device != "auto":
-        return spec.device
-    return "cuda" if gpus > 0 else "cpu"

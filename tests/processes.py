@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 
@@ -44,3 +45,14 @@ def actors(root: int, kind: str) -> list[int]:
     """Pids of the Ray actors of class `kind` that live below process `root`, oldest first."""
     title = re.compile(f"ray::({TITLES.get(kind, kind)})")
     return sorted(pid for pid, name in below(root).items() if title.match(name))
+
+
+def left(root: int, kind: str, within: float = 60.0) -> list[int]:
+    """Pids of the Ray actors of class `kind` below `root` that still live after `within` seconds.
+
+    Ray ends an actor behind the caller's back, so its process outlives the call by a moment.
+    """
+    deadline = time.monotonic() + within
+    while (pids := actors(root, kind)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return pids

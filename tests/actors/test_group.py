@@ -19,9 +19,10 @@ from actors import group
 from raysys.journal import load_all
 from raysys.patch import merge
 from raysys.plan import plan
+from raysys.resources import needs
 from raysys.results import Results
 from raysys.spec import SpecError, StudySpec
-from raysys.study import needs, run
+from raysys.study import run
 from tests import families, processes
 from tests.actors import small
 

@@ -172,8 +172,11 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
                     page.shoot(here / "actors.png")
             until(lambda: driver.poll() is not None or _complete(here / "runs"), "the end of the study", 120)
             assert driver.poll() is None, (here / "log").read_text()
-            time.sleep(4)  # a report and a scrape
-            yield Watched(address, Results(next((here / "runs").iterdir())), here / "actors.png", rows)
+            found = Watched(address, Results(next((here / "runs").iterdir())), here / "actors.png", rows)
+            last = len({u["unit"] for u in found.results.units().to_pylist()})  # the base's are in each cell
+            until(lambda: found.total("ray_raysys_units_done_total") >= last, "the last unit, at Prometheus", 60)
+            time.sleep(4)  # whatever was counted with it: a report and a scrape
+            yield found
 
 
 def _complete(runs: Path) -> bool:

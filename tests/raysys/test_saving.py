@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,17 @@ def test_a_fault_is_raised_by_what_comes_next_and_nothing_else_is_lost(
 def test_a_slow_storage_holds_the_loop_up_only_when_much_is_waiting(
     results: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Results, "add", lambda self, unit, scores: time.sleep(0.05))
+    answers = threading.Event()
+    monkeypatch.setattr(Results, "add", lambda self, unit, scores: answers.wait(60))
     saver = Saver(results)
-    started = time.monotonic()
     for n in range(AHEAD):
         saver.add(UNIT | {"unit": f"u{n}"}, [SCORE])
-    assert time.monotonic() - started < 0.05 * AHEAD / 2  # one after another would have taken twice as long and more
-    saver.add(UNIT | {"unit": "one more"}, [SCORE])
+    assert not answers.is_set()  # here we are, and not one has been written
+    more = threading.Thread(target=lambda: saver.add(UNIT | {"unit": "one more"}, [SCORE]))
+    more.start()
+    more.join(0.2)
+    assert more.is_alive()
+    answers.set()
+    more.join(60)
     assert len(saver._open) <= AHEAD
     saver.close()
