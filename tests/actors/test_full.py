@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from raysys.study import needs, run
+from raysys.resources import needs
+from raysys.study import run
 from tests.actors import small
 
 pytestmark = pytest.mark.timeout(240)
