@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import ray
 import torch.distributed as dist
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
 from torch import nn
 
 from actors.editor import Editor, Job
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 SILENCE = 900.0  # seconds that a rank waits for the others, of which one may have to load a model first
 PATIENCE = 60.0  # seconds within which all ranks end a call, once one of them has
+NOTICE = 60.0  # seconds that Ray takes at most to find out that a node is lost
 
 
 # --- one rank's part of a model --------------------------------------------------------------------------------------
@@ -173,7 +174,7 @@ class First(_Rank):
         limit = timedelta(seconds=SILENCE)
         store = dist.TCPStore(host, 0, self.size, True, limit, wait_for_workers=False)  # type: ignore[attr-defined]
         joining = [peer.join.remote(host, store.port) for peer in peers]
-        with _together(joining):
+        with _together(joining, peers):
             self._begin(store)
         self.nodes: list[str] = ray.get(joining)
 
@@ -197,18 +198,20 @@ class First(_Rank):
             return self.work.publish(edits)
 
     def _all(self, call: str, given: Any) -> Any:
-        return _together([peer.follow.options(name=f"rank: {call}").remote(call, given) for peer in self.peers])
+        others = [peer.follow.options(name=f"rank: {call}").remote(call, given) for peer in self.peers]
+        return _together(others, self.peers)
 
 
 @contextmanager
-def _together(others: Sequence[Any]) -> Iterator[None]:
-    """Within it this rank does its part of what `others` refer to; then all have done it, or all have failed alike.
+def _together(others: Sequence[Any], peers: Sequence[Any]) -> Iterator[None]:
+    """Within it this rank does its part of what `others` refer to, calls of `peers`; then all have done it, or all have
+    failed alike.
 
     Else the group is broken, and this process ends: NCCL would let it wait for a lost rank, and a rank that fails alone
     leaves the others in the middle of something.
     """
     over = threading.Event()
-    watch = threading.Thread(target=_watch, args=(list(others), over), daemon=True)
+    watch = threading.Thread(target=_watch, args=(list(others), peers, over), daemon=True)
     watch.start()
     try:
         yield
@@ -216,32 +219,32 @@ def _together(others: Sequence[Any]) -> Iterator[None]:
         _give_up(str(error))
     except Exception as error:
         over.set()
-        if not all(_failed(other) for other in others):
+        if not all(_failed(other, peers) for other in others):
             _give_up(f"the first rank failed alone: {error}")
         raise
     else:
         over.set()
-        if any(_failed(other) for other in others):
+        if any(_failed(other, peers) for other in others):
             _give_up("another rank failed alone")
     finally:
         over.set()
         watch.join()
 
 
-def _failed(other: Any) -> bool:
+def _failed(other: Any, peers: Sequence[Any]) -> bool:
     """Whether a rank's part ended with an error, once it has; one that does not end, or is lost, ends the group."""
     try:
         ray.get(other, timeout=PATIENCE)
     except RayTaskError as error:
         if isinstance(error, RayActorError):
-            _give_up(str(error))
+            _lost(error, peers)
         return True
     except (RayError, TimeoutError) as error:
-        _give_up(str(error))
+        _lost(error, peers)
     return False
 
 
-def _watch(others: list[Any], over: threading.Event) -> None:
+def _watch(others: list[Any], peers: Sequence[Any], over: threading.Event) -> None:
     """Until this rank's part is over: end the group when another rank is lost, or failed a while ago."""
     failed: float | None = None
     while others and not over.is_set():
@@ -252,13 +255,28 @@ def _watch(others: list[Any], over: threading.Event) -> None:
             except RayTaskError:
                 failed = failed or time.monotonic()
             except RayError as error:
-                _give_up(str(error))
+                _lost(error, peers)
     while failed and not over.wait(0.5):
         if time.monotonic() - failed > PATIENCE:
             _give_up("another rank failed, and this one still waits for it")
 
 
-def _give_up(reason: str) -> None:
+def _lost(error: Exception, peers: Sequence[Any]) -> NoReturn:
+    """End this process for the sake of one of `peers`. One that is out of reach may have gone with its node: that is
+    known first, for then nobody is to blame, and whoever replaces the group looks only once."""
+    deadline = time.monotonic() + NOTICE
+    while isinstance(error, ActorUnavailableError) and time.monotonic() < deadline:
+        for peer in peers:
+            try:
+                ray.get(peer.__ray_ready__.remote(), timeout=0.5)
+            except ActorDiedError as known:
+                error = known
+            except (RayError, TimeoutError):
+                time.sleep(0.1)  # at work, or out of reach
+    _give_up(str(error))
+
+
+def _give_up(reason: str) -> NoReturn:
     """End this process: whoever started the group replaces it."""
     log.error("the group is broken: %s", reason.strip().splitlines()[0])
     os._exit(1)

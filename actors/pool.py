@@ -30,6 +30,7 @@ from actors.waiting import Done, Failed, Unit, Waiting
 
 ERRORS = 3  # units that may fail on an evaluator one after another before it is replaced
 STARTS = 3  # attempts to start an evaluator before its place is given up
+BLAME = 6  # units that fail in a place and are scored elsewhere before it is given up: a bad GPU, say
 MOVES = 30  # nodes that a unit may be lost with
 LOOKING = 5.0  # seconds between looks at which nodes are to be taken away
 
@@ -178,9 +179,10 @@ class EvaluatorPool:
             self.places.remove(place)
             return
         place.life += 1
-        if place.starts < STARTS:
+        if place.starts < STARTS and place.blamed < BLAME:
             self._begin(place)
             return
+        self.note("evaluator given up", evaluator=place.name, reason=reason_of(error))
         self.places.remove(place)
         self._spoilt += 1
         if all(p.leaving for p in self.places):
@@ -307,6 +309,8 @@ class EvaluatorPool:
             return self._died(place, error)
         unit = self._ends(place, ref)
         place.errors = 0
+        for other in self.places:
+            other.blamed += other is not place and other.number in self._failed.get(unit.id, ())
         self._close(unit)
         return [Done(unit, about, scores)]
 
@@ -341,6 +345,8 @@ class EvaluatorPool:
             else:
                 self._waiting.suspect(unit)
         for unit in guilty:
+            if not innocent:
+                self._failed.setdefault(unit.id, set()).add(place.number)
             finished += self._again(unit, error, innocent)
         self._replace(place, error, innocent)
         return finished

@@ -163,7 +163,7 @@ class Lead:
 
     def go(self, peer: Any, how: str) -> str:
         group.PATIENCE = 1.0
-        with group._together([peer.do.remote(how)]):
+        with group._together([peer.do.remote(how)], [peer]):
             time.sleep(0.2 if how == "well" else 200)
         return "done"
 

@@ -104,6 +104,22 @@ def test_a_bad_evaluator_fails_no_unit_that_another_can_score(pool: EvaluatorPoo
 
 
 @pytest.mark.parametrize("pool", [{"fewest": 2}], indirect=True)
+def test_a_place_where_everything_fails_is_given_up(pool: EvaluatorPool, events: list[Any]) -> None:
+    light.work(pool, until=lambda: not pool.starting)
+    finished: list[Any] = []
+    for n in range(20):
+        if pool.size == 1:
+            break
+        pool.submit(light.units(["not evaluator-0"] * 8, f"s{n}"))
+        finished += light.work(pool)
+        light.work(pool, until=lambda: not pool.starting)
+    assert pool.size == 1
+    [given_up] = told(events, "evaluator given up")
+    assert given_up["evaluator"].startswith("evaluator-0") and "illegal memory access" in given_up["reason"]
+    assert finished and all(isinstance(f, Done) for f in finished)
+
+
+@pytest.mark.parametrize("pool", [{"fewest": 2}], indirect=True)
 def test_an_evaluator_with_another_model_is_not_asked(pool: EvaluatorPool, events: list[Any]) -> None:
     light.work(pool, until=lambda: not pool.starting)
     pool._start = lambda name: light.start(name, digest="other")
