@@ -153,17 +153,20 @@ def alive(node: str) -> bool:
     return any(n["NodeID"] == node and n["Alive"] for n in ray.nodes())  # type: ignore[no-untyped-call]
 
 
-def runs(actor: Any) -> bool:
-    """Whether an actor's process is there, though it may still be getting ready; not while it waits for room.
+def where(actor: Any) -> tuple[str, ...]:
+    """Nodes (hex ids) of an actor's process, or of all those that it stands for, though they may still be getting
+    ready; none while it waits for room.
 
     Ray has no public word for it: where there is none, nobody is taken to hang while getting ready.
     """
     try:
         from ray._private.state import actors
 
-        return bool(actors(actor._actor_id.hex()).get("Pid"))
+        there = [actors(a._actor_id.hex()) for a in (actor, *getattr(actor, "peers", ()))]
+        found = {a["Address"]["NodeID"] for a in there if a.get("Pid")}
+        return tuple(sorted(found)) if all(a.get("Pid") for a in there) else ()
     except (ImportError, AttributeError, KeyError, RayError, RuntimeError):
-        return False
+        return ()
 
 
 def draining() -> list[str]:

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 SILENCE = 900.0  # seconds that a rank waits for the others, of which one may have to load a model first
 PATIENCE = 60.0  # seconds within which all ranks end a call, once one of them has
-NOTICE = 60.0  # seconds that Ray takes at most to find out that a node is lost
+NOTICE = 90.0  # seconds that Ray takes at most to find out that a node is lost
 
 
 # --- one rank's part of a model --------------------------------------------------------------------------------------
@@ -264,15 +264,17 @@ def _watch(others: list[Any], peers: Sequence[Any], over: threading.Event) -> No
 def _lost(error: Exception, peers: Sequence[Any]) -> NoReturn:
     """End this process for the sake of one of `peers`. One that is out of reach may have gone with its node: that is
     known first, for then nobody is to blame, and whoever replaces the group looks only once."""
-    deadline = time.monotonic() + NOTICE
-    while isinstance(error, ActorUnavailableError) and time.monotonic() < deadline:
+    deadline, unsure = time.monotonic() + NOTICE, isinstance(error, ActorUnavailableError | TimeoutError)
+    while unsure and time.monotonic() < deadline:
+        unsure = False
         for peer in peers:
             try:
                 ray.get(peer.__ray_ready__.remote(), timeout=0.5)
             except ActorDiedError as known:
-                error = known
+                _give_up(str(known))
             except (RayError, TimeoutError):
-                time.sleep(0.1)  # at work, or out of reach
+                unsure = True  # at work, or out of reach
+        time.sleep(0.1)
     _give_up(str(error))
 
 

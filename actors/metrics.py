@@ -26,6 +26,7 @@ NOTES = {  # what the pool and the streams note -> the counter of it
     "unit tried again": "units_retried",
     "unit moved": "units_moved",
     "evaluator lost": "evaluators_lost",
+    "evaluator given up": "evaluators_given_up",
     "node lost": "nodes_lost",
 }
 COUNTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -34,6 +35,7 @@ COUNTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "units_retried": ("times a unit was tried again after an error or the death of its evaluator", STUDY),
     "units_moved": ("times a unit was given to another evaluator because its node or an object went away", STUDY),
     "evaluators_lost": ("evaluators that died or were killed while their node was there", STUDY),
+    "evaluators_given_up": ("evaluators that are not replaced any more", STUDY),
     "nodes_lost": ("evaluators that went with their node", STUDY),
     "items": ("questions scored", EVALUATOR),
     "tokens": ("tokens read to score them", EVALUATOR),

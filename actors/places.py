@@ -33,8 +33,8 @@ class Place:
     answered: bool = False
     starts: int = 0
     errors: int = 0  # units that failed since one succeeded
-    blamed: int = 0  # units that failed here, whoever held the place, and were scored elsewhere
-    nodes: tuple[str, ...] = ()  # that the evaluator runs on
+    blamed: int = 0  # units that failed here since one succeeded, whoever held the place, and were scored elsewhere
+    nodes: tuple[str, ...] = ()  # that the evaluator runs on; none while it waits for room
     leaving: bool = False  # a node of it is to be taken away: no new units
     begun: float = 0.0  # when its process was first seen to run; 0 while it waits for room
     since: float = 0.0  # when its oldest unit came first, or when it became idle

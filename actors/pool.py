@@ -22,7 +22,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, ObjectLostError, OwnerDiedError, RayError, RayTaskError
 
-from actors.cluster import alive, draining, runs
+from actors.cluster import alive, draining, where
 from actors.evaluator import Task
 from actors.machine import end, nodes, reason_of
 from actors.places import IN_FLIGHT, LOADING, Limits, Place
@@ -30,7 +30,7 @@ from actors.waiting import Done, Failed, Unit, Waiting
 
 ERRORS = 3  # units that may fail on an evaluator one after another before it is replaced
 STARTS = 3  # attempts to start an evaluator before its place is given up
-BLAME = 6  # units that fail in a place and are scored elsewhere before it is given up: a bad GPU, say
+BLAME = 6  # units that fail in a place one after another, and elsewhere don't, before it is given up: a bad GPU, say
 MOVES = 30  # nodes that a unit may be lost with
 LOOKING = 5.0  # seconds between looks at which nodes are to be taken away
 
@@ -57,6 +57,8 @@ class EvaluatorPool:
         self._running: dict[Any, Place] = {}
         self._numbers = 0
         self._spoilt = 0  # places given up
+        self._kept: list[Any] = []  # evaluators of such places, which hold what is bad so that nobody else gets it
+        self._fault: PoolError | None = None
         self._looked = 0.0
         self._resize()
 
@@ -108,7 +110,7 @@ class EvaluatorPool:
         return ref in self._pings or ref in self._running
 
     def take(self, ref: Any) -> list[Done | Failed]:
-        """Deal with a reference of `refs` that is ready. Raises PoolError when no evaluator can be started."""
+        """Deal with a reference of `refs` that is ready."""
         if ref in self._pings:
             self._pinged(ref)
             finished: list[Done | Failed] = []
@@ -118,13 +120,19 @@ class EvaluatorPool:
         return finished
 
     def tick(self) -> list[Done | Failed]:
-        """What time brings: nodes to leave, evaluators that hang, too few or too many of them."""
+        """What time brings: nodes to leave, evaluators that hang, too few or too many of them.
+
+        Raises PoolError when no evaluator can be started.
+        """
+        if self._fault is not None:
+            raise self._fault
         finished = self._hung()
         if time.monotonic() - self._looked > LOOKING:
             self._looked = time.monotonic()
             self._drain(set(draining()))
-            for place in [p for p in self._pings.values() if not p.begun and runs(p.actor)]:
-                place.begun = time.monotonic()
+            for place in [p for p in self._pings.values() if not p.begun]:
+                place.nodes = where(place.actor)
+                place.begun = time.monotonic() if place.nodes else 0.0
         self._retire()
         self._resize()
         self._dispatch()
@@ -132,9 +140,10 @@ class EvaluatorPool:
 
     def close(self) -> None:
         """End all evaluators."""
-        for place in self.places:
-            end(place.actor)
+        for actor in [*(p.actor for p in self.places), *self._kept]:
+            end(actor)
         self.places.clear()
+        self._kept.clear()
         self._pings.clear()
         self._running.clear()
 
@@ -173,20 +182,24 @@ class EvaluatorPool:
     def _replace(self, place: Place, error: Exception, innocent: bool = False) -> None:
         """A new evaluator in place of a lost one; `innocent`: it went with its node, which is no failed start."""
         self.note("node lost" if innocent else "evaluator lost", evaluator=place.name, reason=reason_of(error))
-        end(place.actor)
+        bad = place.blamed >= BLAME and any(p.answered and not p.leaving for p in self.places if p is not place)
+        if bad and isinstance(error, RayTaskError):
+            self._kept.append(place.actor)
+        else:
+            end(place.actor)
         self._waiting.forget(place.memory)
         if innocent or place.leaving:  # a node less: the next tick starts as many as are needed then
             self.places.remove(place)
             return
-        place.life += 1
-        if place.starts < STARTS and place.blamed < BLAME:
+        if place.starts < STARTS and not bad:
+            place.life += 1
             self._begin(place)
             return
         self.note("evaluator given up", evaluator=place.name, reason=reason_of(error))
         self.places.remove(place)
         self._spoilt += 1
         if all(p.leaving for p in self.places):
-            raise PoolError(f"no evaluator can be started: {reason_of(error)}")
+            self._fault = PoolError(f"no evaluator can be started: {reason_of(error)}")  # raised once all is told
 
     def _pinged(self, ref: Any) -> None:
         place = self._pings.pop(ref)
@@ -296,19 +309,19 @@ class EvaluatorPool:
         try:
             about, scores = ray.get(ref)
         except RayTaskError as error:
+            if isinstance(error.cause, ObjectLostError | OwnerDiedError):
+                unit = self._ends(place, ref)
+                unit.restore()
+                return self._again(unit, error, innocent=True)
             place.errors += 1
             self._failed.setdefault(place.busy[ref].id, set()).add(place.number)
             if place.errors >= ERRORS:  # whatever it is given fails: perhaps it is not the units' fault
                 return self._died(place, error)
-            unit = self._ends(place, ref)
-            if isinstance(error.cause, ObjectLostError | OwnerDiedError):
-                unit.restore()
-                return self._again(unit, error, innocent=True)
-            return self._again(unit, error)
+            return self._again(self._ends(place, ref), error)
         except RayError as error:
             return self._died(place, error)
         unit = self._ends(place, ref)
-        place.errors = 0
+        place.errors = place.blamed = 0
         for other in self.places:
             other.blamed += other is not place and other.number in self._failed.get(unit.id, ())
         self._close(unit)

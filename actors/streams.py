@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
-from actors.cluster import alive, runs
+from actors.cluster import alive, where
 from actors.editor import Job
 from actors.machine import end, nodes, reason_of
 from actors.places import LOADING
@@ -88,6 +88,7 @@ class _Desk:
     call: Any = None  # reference of what it is doing: opening the cell, or making a snapshot
     value: Any = None  # reference of that snapshot; None while it opens the cell
     about: Any = None  # reference of what the editor says of itself, its node included
+    nodes: tuple[str, ...] = ()  # where it is while it gets ready
     sign: Any = None  # of progress: when it changes, the editor is alive
     since: float = 0.0  # when it changed, or the call began
 
@@ -98,9 +99,10 @@ class _Desk:
     @property
     def node_gone(self) -> bool:
         """Whether the editor's node was lost, and not just the editor."""
+        there = self.nodes
         with suppress(RayError, TimeoutError, TypeError, ValueError):
-            return not all(map(alive, nodes(ray.get(self.about, timeout=0))))
-        return False
+            there = nodes(ray.get(self.about, timeout=0))
+        return not all(map(alive, there))
 
 
 class Streams:
@@ -175,7 +177,9 @@ class Streams:
                 continue
             answered = bool(ray.wait([desk.about], timeout=0)[0])
             patience = self.stall if answered else max(LOADING, self.stall)
-            if not answered and not runs(desk.actor):  # it waits for room in the cluster
+            if not answered:
+                desk.nodes = where(desk.actor)
+            if not answered and not desk.nodes:  # it waits for room in the cluster
                 desk.since = time.monotonic()
             elif (now := sign(desk.cell.job)) != desk.sign:
                 desk.sign, desk.since = now, time.monotonic()
@@ -216,7 +220,7 @@ class Streams:
         end(desk.actor)  # what is left of it: other ranks, and their place
         desk.life += 1
         desk.actor, desk.since = self._start(desk.name), time.monotonic()
-        desk.about = desk.actor.describe.remote()
+        desk.about, desk.nodes = desk.actor.describe.remote(), ()
         if cell.deaths >= DEATHS or cell.moves > MOVES:
             desk.cell = None
             return Lost(cell, f"{cell.deaths + cell.moves} editors failed on it: {reason}")

@@ -38,6 +38,12 @@ from raysys.types import EditCase, Probe
 
 SILENCE = 60.0  # seconds without news after which a user is told what is being waited for
 TELLING = 10.0  # seconds between words on what is being prepared
+LOSSES = {  # events that a user is told of at once
+    "evaluator lost": "is lost",
+    "editor lost": "is lost",
+    "node lost": "went with its node",
+    "evaluator given up": "is not replaced any more",
+}
 CACHE = "RAYSYS_CACHE"  # environment variable: folder of artifacts (second moments, contexts)
 
 
@@ -147,17 +153,24 @@ class _Run:
         makers = group.makers(c.tensor_parallel, c.across_nodes) or (editor.start, evaluator.start)
         start = partial(makers[0], model=about[0], dtype=about[1], device=about[2], threads=about[3],
                         gpus=c.gpus_per_editor)  # fmt: skip
-        self.streams = Streams(start, c.editors, self.cells, self.metrics.note, c.stall)
+        self.streams = Streams(start, c.editors, self.cells, self._note, c.stall)
         about = (self.model, spec.dtype, device(spec, c.gpus_per_evaluator), c.threads)
         begin = partial(makers[1], model=about[0], dtype=about[1], device=about[2], threads=about[3],
                         gpus=c.gpus_per_evaluator, trunk_memory=c.trunk_memory, drafts=c.drafts,
                         softmax=spec.scoring.softmax)  # fmt: skip
         self.limits = Limits(fewest=c.fewest, most=c.most, retries=c.retries, idle=c.idle, stall=c.stall)
         limits = self.limits if first else replace(self.limits, fewest=0, most=0)  # until they are shared out
-        self.pool = EvaluatorPool(begin, limits, self.metrics.note)
+        self.pool = EvaluatorPool(begin, limits, self._note)
         if first:
             self.feed()
         self.progress.start({cell.job.cell: spec.snapshots[-1] for cell in self.cells}, self.expected())
+
+    def _note(self, what: str, **details: Any) -> None:
+        """Keep an event of the pool or the streams; a loss is told as well."""
+        self.metrics.note(what, **details)
+        if what in LOSSES:
+            who = details.get("evaluator") or details.get("editor")
+            self.progress.warn(f"{who} {LOSSES[what]}: {details['reason']}")
 
     @property
     def busy(self) -> bool:

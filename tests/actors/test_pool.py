@@ -24,7 +24,9 @@ pytestmark = pytest.mark.timeout(240)
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
     """A head with two CPUs; tests add nodes and take them away again."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    soon = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}  # a lost node is found out sooner
+    head = {"num_cpus": 2, "include_dashboard": False, "_system_config": soon}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     yield cluster
     ray.shutdown()
@@ -114,6 +116,7 @@ def test_a_place_where_everything_fails_is_given_up(pool: EvaluatorPool, events:
         finished += light.work(pool)
         light.work(pool, until=lambda: not pool.starting)
     assert pool.size == 1
+    assert len(pool._kept) == 1  # it holds what is bad until the end
     [given_up] = told(events, "evaluator given up")
     assert given_up["evaluator"].startswith("evaluator-0") and "illegal memory access" in given_up["reason"]
     assert finished and all(isinstance(f, Done) for f in finished)
@@ -170,6 +173,22 @@ def test_what_is_lost_with_a_node_is_no_failure(nodes: Any, pool: EvaluatorPool,
     finished = light.work(pool)
     assert len(finished) == 6 and all(isinstance(f, Done) for f in finished)  # no retry was allowed
     assert told(events, "node lost")
+
+
+def test_a_node_that_is_lost_while_an_evaluator_gets_ready_is_no_failed_start(
+    nodes: Any, pool: EvaluatorPool, events: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pools, "LOOKING", 0.1)
+    node = nodes.add_node(num_cpus=1, resources={"frail": 1})
+    first = ray.remote(Hangs).options(num_cpus=1, resources={"frail": 1}).remote("evaluator-0")
+    pool._start = lambda name: first if name == "evaluator-0" else light.start(name)
+    pool.submit(light.units(["0.05"]))
+    light.work(pool, until=lambda: bool(pool.places[0].nodes))
+    assert pool.places[0].nodes == (node.node_id,)
+    nodes.remove_node(node, allow_graceful=False)
+    finished = light.work(pool)
+    assert [type(f) for f in finished] == [Done]
+    assert [e["evaluator"] for e in told(events, "node lost")] == ["evaluator-0"] and not told(events, "evaluator lost")
 
 
 def test_a_node_that_is_to_leave_gets_no_new_unit(

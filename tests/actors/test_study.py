@@ -130,14 +130,14 @@ def test_a_killed_actor_changes_nothing(who: str, undisturbed: Results, place: P
 
 
 def test_an_editor_that_hangs_is_killed_and_replaced(undisturbed: Results, place: Path) -> None:
-    spec = small.spec(place, root=str(place / "hung"), cluster={"evaluators": 1, "stall": 12.0})
+    spec = small.spec(place, root=str(place / "hung"), cluster={"evaluators": 1, "stall": 20.0})
     finish = killing(spec.folder, "Editor", after=4, what=signal.SIGSTOP)
     again = run(spec)
     finish()
     assert again.failures() == []
     lost = [e["reason"] for e in again.events() if e["what"] == "editor lost"]
     assert lost
-    assert all("no progress for 12 s" in reason for reason in lost)  # more than one on a machine that is slower still
+    assert all("no progress for 20 s" in reason for reason in lost)  # more than one on a machine that is slower still
     assert processes.left(os.getpid(), "Editor") == []
     assert small.contents(again) == small.contents(undisturbed)
     assert patches(again) == patches(undisturbed)

@@ -62,12 +62,17 @@ def test_a_fault_is_raised_by_what_comes_next_and_nothing_else_is_lost(
 def test_a_slow_storage_holds_the_loop_up_only_when_much_is_waiting(
     results: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = threading.Event()
-    monkeypatch.setattr(Results, "add", lambda self, unit, scores: answers.wait(60))
+    answers, written = threading.Event(), list[str]()
+
+    def add(self: Results, unit: dict[str, Any], scores: Any) -> None:
+        answers.wait()
+        written.append(unit["unit"])
+
+    monkeypatch.setattr(Results, "add", add)
     saver = Saver(results)
     for n in range(AHEAD):
         saver.add(UNIT | {"unit": f"u{n}"}, [SCORE])
-    assert not answers.is_set()  # here we are, and not one has been written
+    assert written == []  # here we are, and storage has not taken a single one
     more = threading.Thread(target=lambda: saver.add(UNIT | {"unit": "one more"}, [SCORE]))
     more.start()
     more.join(0.2)
@@ -76,3 +81,4 @@ def test_a_slow_storage_holds_the_loop_up_only_when_much_is_waiting(
     more.join(60)
     assert len(saver._open) <= AHEAD
     saver.close()
+    assert len(written) == AHEAD + 1
