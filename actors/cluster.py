@@ -163,8 +163,7 @@ def where(actor: Any) -> tuple[str, ...]:
         from ray._private.state import actors
 
         there = [actors(a._actor_id.hex()) for a in (actor, *getattr(actor, "peers", ()))]
-        found = {a["Address"]["NodeID"] for a in there if a.get("Pid")}
-        return tuple(sorted(found)) if all(a.get("Pid") for a in there) else ()
+        return tuple(sorted({a["Address"]["NodeID"] for a in there})) if all(a.get("Pid") for a in there) else ()
     except (ImportError, AttributeError, KeyError, RayError, RuntimeError):
         return ()
 

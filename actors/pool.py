@@ -182,13 +182,15 @@ class EvaluatorPool:
     def _replace(self, place: Place, error: Exception, innocent: bool = False) -> None:
         """A new evaluator in place of a lost one; `innocent`: it went with its node, which is no failed start."""
         self.note("node lost" if innocent else "evaluator lost", evaluator=place.name, reason=reason_of(error))
-        bad = place.blamed >= BLAME and any(p.answered and not p.leaving for p in self.places if p is not place)
+        going = innocent or place.leaving
+        others = any(p.answered and not p.leaving for p in self.places if p is not place)
+        bad = not going and place.blamed >= BLAME and others
         if bad and isinstance(error, RayTaskError):
             self._kept.append(place.actor)
         else:
             end(place.actor)
         self._waiting.forget(place.memory)
-        if innocent or place.leaving:  # a node less: the next tick starts as many as are needed then
+        if going:  # a node less: the next tick starts as many as are needed then
             self.places.remove(place)
             return
         if place.starts < STARTS and not bad:

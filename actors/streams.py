@@ -177,8 +177,7 @@ class Streams:
                 continue
             answered = bool(ray.wait([desk.about], timeout=0)[0])
             patience = self.stall if answered else max(LOADING, self.stall)
-            if not answered:
-                desk.nodes = where(desk.actor)
+            desk.nodes = desk.nodes or (() if answered else where(desk.actor))
             if not answered and not desk.nodes:  # it waits for room in the cluster
                 desk.since = time.monotonic()
             elif (now := sign(desk.cell.job)) != desk.sign:

@@ -20,6 +20,7 @@ from methods.parts.moments import Sums
 from raysys import names
 from raysys.corpora import Corpus
 from raysys.model import Model
+from raysys.resources import device
 from raysys.spec import StudySpec
 
 
@@ -42,7 +43,7 @@ def prepare(spec: StudySpec, workers: int | None = None, tell: artifacts.Tell | 
     cache = artifacts.folder()
     with ExitStack() as stack:
         for name in spec.models:
-            model = Model.load(name, spec.dtype, _device(spec))
+            model = Model.load(name, spec.dtype, device(spec, spec.cluster.gpus_per_editor))
             collect = _collector(spec, name, workers or spec.cluster.most, cache, tell, note, stack)
             yield from _prepared(spec, model, collect, cache, tell)
 
@@ -104,15 +105,9 @@ def _collector(
             started.append(stack.enter_context(cluster(c.address, enough, dashboard=False)))
             wait_for(cpus, gpus, c.wait, note)
         who = Workers(
-            model=model, dtype=spec.dtype, device=_device(spec), number=number, threads=c.threads,
+            model=model, dtype=spec.dtype, device=device(spec, c.gpus_per_editor), number=number, threads=c.threads,
             gpus=c.gpus_per_editor, cache=cache, tell=tell or (lambda what, done, total: None),
         )  # fmt: skip
         return who(asked, modules, corpus)
 
     return collect
-
-
-def _device(spec: StudySpec) -> str:
-    if spec.device != "auto":
-        return spec.device
-    return "cuda" if spec.cluster.gpus_per_editor > 0 else "cpu"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import ray
+from ray.cluster_utils import Cluster
 
 from raysys.results import Results
 from raysys.spec import StudySpec
@@ -108,6 +109,20 @@ def cluster(cpus: int = 8) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def machines(cpus: int) -> Iterator[Any]:
+    """A cluster whose head has no GPU, for tests that add nodes and take them away, which is found out soon."""
+    soon = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
+    head = {"num_cpus": cpus, "num_gpus": 0, "include_dashboard": False, "_system_config": soon}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
+    try:
+        yield made
+    finally:
+        ray.shutdown()
+        made.shutdown()
 
 
 def contents(results: Results) -> list[tuple[Any, ...]]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 
 from raysys.results import Results
 from raysys.spec import StudySpec
@@ -25,14 +24,9 @@ pytestmark = pytest.mark.timeout(280)
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
     """An evaluator's group has to lie on two of three nodes, the editor's on the head. A node is to spare."""
-    soon = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}  # a lost node is found out sooner
-    head = {"num_cpus": 4, "num_gpus": 0, "include_dashboard": False, "_system_config": soon}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    cluster.workers = [cluster.add_node(num_cpus=1, num_gpus=1) for _ in range(3)]
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    with small.machines(4) as cluster:
+        cluster.workers = [cluster.add_node(num_cpus=1, num_gpus=1) for _ in range(3)]
+        yield cluster
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 
 from actors import pool as pools
 from actors.places import Limits
 from actors.pool import EvaluatorPool, PoolError
 from actors.waiting import Done, Failed
-from tests.actors import light
+from tests.actors import light, small
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -24,13 +23,8 @@ pytestmark = pytest.mark.timeout(240)
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
     """A head with two CPUs; tests add nodes and take them away again."""
-    soon = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}  # a lost node is found out sooner
-    head = {"num_cpus": 2, "include_dashboard": False, "_system_config": soon}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    with small.machines(2) as cluster:
+        yield cluster
 
 
 def told(events: list[tuple[str, dict[str, Any]]], what: str) -> list[dict[str, Any]]:

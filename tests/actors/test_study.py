@@ -136,8 +136,8 @@ def test_an_editor_that_hangs_is_killed_and_replaced(undisturbed: Results, place
     finish()
     assert again.failures() == []
     lost = [e["reason"] for e in again.events() if e["what"] == "editor lost"]
-    assert lost
-    assert all("no progress for 20 s" in reason for reason in lost)  # more than one on a machine that is slower still
+    assert len(lost) == 1
+    assert "no progress for 20 s" in lost[0]
     assert processes.left(os.getpid(), "Editor") == []
     assert small.contents(again) == small.contents(undisturbed)
     assert patches(again) == patches(undisturbed)
@@ -200,7 +200,7 @@ def test_results_of_other_artifacts_are_not_gone_on_with(undisturbed: Results, p
 
 def test_a_complete_study_is_not_run_again(undisturbed: Results, place: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in undisturbed.folder.rglob("*.parquet")}
-    run(small.spec(place))
+    assert run(small.spec(place)).manifest["finished"] == undisturbed.manifest["finished"]
     assert {p: p.stat().st_mtime_ns for p in undisturbed.folder.rglob("*.parquet")} == before
 
 
